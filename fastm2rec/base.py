@@ -1,0 +1,343 @@
+"""What every sequential recommender here can do: score, recommend, be saved and be loaded.
+
+A saved model is a folder: `config.json`, `model.safetensors` and, where the catalogue's own ids are known,
+`vocab.json`. The tensors' file carries a digest of the other two, so files of different models cannot be mixed up.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import torch
+from torch import Tensor, nn
+
+from .config import BERT4RecConfig, M2RecConfig, SASRecConfig
+from .storage import PathLike, StorageError, load_tensors, read_json, save_tensors, write_json
+from .vocab import ItemId, Unknown, Vocabulary
+
+CONFIG_FILE = "config.json"
+TENSORS_FILE = "model.safetensors"
+VOCAB_FILE = "vocab.json"
+
+
+class Recommendation(NamedTuple):
+    """An item, by the user's own id, and its score (a dot product: higher is better, the scale is the model's own)."""
+
+    item: ItemId
+    score: float
+
+
+class SequentialRecommender(nn.Module):
+    """A model that maps a user's item history to a query vector, scored against one vector per item.
+
+    Subclasses set `config` and define `encode`, `hidden`, `item_weight` and `is_causal`. `vocab`, if set, translates
+    between the user's item ids and the dense ids 1..n_items.
+    """
+
+    config: M2RecConfig | SASRecConfig
+    vocab: Vocabulary | None = None
+
+    @property
+    def n_items(self) -> int:
+        """Catalogue size; item ids are 1..n_items."""
+        return self.config.n_items
+
+    @property
+    def max_len(self) -> int:
+        """L, how many of the most recent items are read."""
+        return self.config.max_len
+
+    @property
+    def model_type(self) -> str:
+        """The word for this architecture in `config.json`."""
+        return self.config.model_type
+
+    @property
+    def is_causal(self) -> bool:
+        """Does position t of `hidden` depend on items up to t only, so that a loss at every position is sound?"""
+        raise NotImplementedError
+
+    @property
+    def item_weight(self) -> Tensor:
+        """[n_items + 1, D], the vectors that queries are scored against; row 0 is padding."""
+        raise NotImplementedError
+
+    def encode(self, item_ids: Tensor, lengths: Tensor) -> Tensor:
+        """The query vector of each row: item_ids [B, L <= max_len] int64, right-padded with 0, lengths [B], to [B, D].
+
+        Raises:
+            TypeError, ValueError: as `check_batch`.
+        """
+        raise NotImplementedError
+
+    def hidden(self, item_ids: Tensor, lengths: Tensor) -> Tensor:
+        """`encode` at every position: [B, L, D], of which row `lengths - 1` is `encode`'s result.
+
+        Raises:
+            TypeError, ValueError: as `check_batch`.
+        """
+        raise NotImplementedError
+
+    def forward(self, item_ids: Tensor, lengths: Tensor) -> Tensor:
+        """`encode`."""
+        return self.encode(item_ids, lengths)
+
+    def check_batch(self, item_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """The batch as int64, or an error that names what is wrong with it.
+
+        Values are read on the CPU only, and not inside a compiled graph: reading them would stop a GPU's queue.
+
+        Raises:
+            TypeError: ids or lengths that are not integers.
+            ValueError: wrong shapes, more than max_len columns, lengths outside 1..L, ids outside 1..n_items (behind a
+                row's length, outside 0..n_items).
+        """
+        if item_ids.is_floating_point() or item_ids.dtype == torch.bool:
+            raise TypeError(f"item_ids: expected integers, got {item_ids.dtype}")
+        if item_ids.dim() != 2 or not 1 <= item_ids.shape[1] <= self.max_len:
+            raise ValueError(f"item_ids: expected shape [B, 1..{self.max_len}], got {list(item_ids.shape)}")
+        check_lengths(lengths, *item_ids.shape)
+        if not (item_ids.is_cuda or torch.compiler.is_compiling()) and item_ids.numel():
+            low, high = (int(value) for value in torch.aminmax(item_ids))
+            if low < 0 or high > self.n_items:
+                raise ValueError(
+                    f"item_ids: expected ids from 1 to {self.n_items} (0 is padding), got {low if low < 0 else high}"
+                )
+            real = torch.arange(item_ids.shape[1]) < lengths.unsqueeze(1)
+            if not item_ids[real].all():
+                row = int((real & (item_ids == 0)).any(dim=1).nonzero()[0])
+                raise ValueError(
+                    f"item_ids: expected items in the first lengths[{row}] slots of row {row}, got padding"
+                )
+        return item_ids.long(), lengths.to(item_ids.device, torch.int64)
+
+    def score(self, query: Tensor) -> Tensor:
+        """query [B, D] against every item: [B, n_items + 1], with -inf for padding in column 0."""
+        scores = query @ self.item_weight.t().to(query.dtype)
+        scores[:, 0] = -torch.inf
+        return scores
+
+    @torch.no_grad()
+    def recommend(
+        self,
+        histories: Sequence[Sequence[object]],
+        k: int = 10,
+        *,
+        exclude_seen: bool = True,
+        unknown: Unknown = "error",
+        batch_size: int = 256,
+    ) -> list[list[Recommendation]]:
+        """The k best items for each history, best first.
+
+        Args:
+            histories: one sequence per user, oldest item first, of ids as the user knows them (through `vocab`; dense
+                ids 1..n_items where the model has none). Of a long history the last `max_len` items are read.
+            k: how many, 1 to n_items.
+            exclude_seen: leave out every item of the whole history, also beyond `max_len`. A user who has seen all
+                but a few items gets only those few.
+            unknown: "error" or "skip" for ids that are not in the catalogue.
+            batch_size: histories that are scored at once.
+
+        Raises:
+            UnknownItemError: an id that is not in the catalogue, with `unknown="error"`.
+            ValueError: an empty history, a k outside 1..n_items, or scores that are NaN.
+            TypeError: `histories` is not a sequence of sequences.
+        """
+        if not isinstance(k, int) or not 1 <= k <= self.n_items:
+            raise ValueError(f"k: expected an integer from 1 to {self.n_items}, the size of the catalogue, got {k!r}")
+        if batch_size < 1:
+            raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+        dense = self._dense_histories(histories, unknown)
+        training = self.training
+        self.eval()
+        try:
+            return [
+                row
+                for start in range(0, len(dense), batch_size)
+                for row in self._recommend(dense[start : start + batch_size], k, exclude_seen)
+            ]
+        finally:
+            self.train(training)
+
+    def _dense_histories(self, histories: Sequence[Sequence[object]], unknown: Unknown) -> list[list[int]]:
+        vocab = self.vocab if self.vocab is not None else Vocabulary(range(1, self.n_items + 1))
+        dense = []
+        for place, history in enumerate(histories):
+            if isinstance(history, str | bytes) or not hasattr(history, "__iter__"):
+                raise TypeError(f"histories: expected a sequence of item ids at position {place}, got {history!r}")
+            try:
+                row = vocab.encode(history, unknown)
+            except KeyError as error:
+                raise type(error)(f"histories[{place}]: {error}") from None
+            if not row:
+                skipped = "" if not len(history) else f"; all of its {len(history)} ids are unknown and were skipped"
+                raise ValueError(f"histories[{place}]: expected at least one item, got an empty history{skipped}")
+            dense.append(row)
+        return dense
+
+    def _recommend(self, dense: list[list[int]], k: int, exclude_seen: bool) -> Iterator[list[Recommendation]]:
+        device = self.item_weight.device
+        recent = [torch.tensor(row[-self.max_len :]) for row in dense]
+        item_ids = nn.utils.rnn.pad_sequence(recent, batch_first=True).to(device)
+        lengths = torch.tensor([len(row) for row in recent], device=device)
+        scores = self.score(self.encode(item_ids, lengths)).float()
+        if scores[:, 1:].isnan().any():
+            raise ValueError("the model's scores are NaN: its weights, or its text table, are not finite")
+        if exclude_seen:
+            rows = torch.tensor([place for place, row in enumerate(dense) for _ in row], device=device)
+            seen = torch.tensor([item for row in dense for item in row], device=device)
+            scores[rows, seen] = -torch.inf
+        best, ids = (tensor.cpu() for tensor in scores.topk(k, dim=1))
+        for values, row in zip(best.tolist(), ids.tolist(), strict=True):
+            kept = [(item, value) for item, value in zip(row, values, strict=True) if value > -torch.inf]
+            kept.sort(key=lambda pair: (-pair[1], pair[0]))  # equal scores: lower dense id first, on every device
+            names = [item for item, _ in kept] if self.vocab is None else self.vocab.decode(item for item, _ in kept)
+            yield [Recommendation(name, value) for name, (_, value) in zip(names, kept, strict=True)]
+
+    def save_pretrained(self, folder: PathLike) -> None:
+        """Write the model to `folder`, made if need be. Saving again over the same architecture replaces the weights.
+
+        Raises:
+            StorageError: nothing was lost. The folder holds a model of another architecture or catalogue, the disk is
+                full, or the folder cannot be written.
+        """
+        folder = Path(folder)
+        config = {"model_type": self.model_type, **self.config.to_dict()}
+        vocab = None if self.vocab is None else {"items": self.vocab.items, "titles": self.vocab.titles}
+        for name, value in ((CONFIG_FILE, config), (VOCAB_FILE, vocab)):
+            path = folder / name
+            if path.exists() and read_json(path) != value:
+                raise StorageError(f"{path} belongs to another model; save to an empty folder")
+        if vocab is not None:
+            write_json(folder / VOCAB_FILE, vocab)
+        write_json(folder / CONFIG_FILE, config)
+        save_tensors(folder / TENSORS_FILE, self.state_dict(), {"format": "pt", "digest": _digest(config, vocab)})
+
+    @classmethod
+    def from_pretrained(
+        cls, source: PathLike, *, revision: str | None = None, device: str | torch.device = "cpu"
+    ) -> Self:
+        """The model that `save_pretrained` wrote, in evaluation mode. Nothing in the files is executed.
+
+        Args:
+            source: a folder, or the name of a Hugging Face hub repository ("owner/name"; needs huggingface-hub).
+            revision: branch, tag or commit of the hub repository.
+            device: where the parameters go.
+
+        Raises:
+            StorageError: a file is missing, truncated, malformed or not finite, the files do not belong together, or
+                the folder holds another kind of model than this class.
+        """
+        folder = _local_folder(source, revision)
+        config = read_json(folder / CONFIG_FILE)
+        vocab = Vocabulary.load(folder / VOCAB_FILE) if (folder / VOCAB_FILE).exists() else None
+        tensors, metadata = load_tensors(folder / TENSORS_FILE)
+        table = None if vocab is None else {"items": vocab.items, "titles": vocab.titles}
+        if metadata.get("digest") != _digest(config, table):
+            raise StorageError(f"{folder}: {TENSORS_FILE} was not saved with this {CONFIG_FILE} and {VOCAB_FILE}")
+        model = _build_for_loading(config, folder)
+        if not isinstance(model, cls):
+            raise StorageError(f"{folder} holds a {model.model_type} model, not a {cls.__name__}")
+        load_state(model, tensors, folder / TENSORS_FILE)
+        model.vocab = vocab
+        return model.to(device).eval()
+
+
+def build_model(model_type: str, config: Mapping[str, Any], text: Tensor | None = None) -> SequentialRecommender:
+    """A freshly initialised model.
+
+    Args:
+        model_type: "m2rec", "sasrec" or "bert4rec".
+        config: the fields of that model's config dataclass.
+        text: frozen text embeddings [n_items + 1, T], for an "m2rec" whose gate reads text.
+
+    Raises:
+        ValueError: an unknown model type, or as the config and the model raise.
+    """
+    # Imported here: model and baselines build on this module.
+    if model_type == "m2rec":
+        from .model import M2Rec
+
+        return M2Rec(M2RecConfig.from_dict(config), text)
+    if text is not None:
+        raise ValueError(f"text: expected None with model_type={model_type!r}, which reads no text, got a tensor")
+    if model_type == "sasrec":
+        from .baselines import SASRec
+
+        return SASRec(SASRecConfig.from_dict(config))
+    if model_type == "bert4rec":
+        from .baselines import BERT4Rec
+
+        return BERT4Rec(BERT4RecConfig.from_dict(config))
+    raise ValueError(f"model_type: expected one of m2rec, sasrec, bert4rec, got {model_type!r}")
+
+
+def load_state(model: nn.Module, tensors: Mapping[str, Tensor], path: PathLike) -> None:
+    """Load `tensors`, read from `path`, into `model`: every one, of the right shape, and finite.
+
+    Raises:
+        StorageError: the message names the file and the tensor.
+    """
+    own = model.state_dict()
+    for problem, names in (("lacks", own.keys() - tensors.keys()), ("has unknown", tensors.keys() - own.keys())):
+        if names:
+            raise StorageError(f"{path} {problem} {', '.join(sorted(names))}")
+    for name, tensor in tensors.items():
+        if tensor.shape != own[name].shape:
+            raise StorageError(f"{path}: {name}: expected shape {list(own[name].shape)}, got {list(tensor.shape)}")
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise StorageError(f"{path}: {name} holds NaN or infinity")
+    model.load_state_dict(dict(tensors))
+
+
+def check_lengths(lengths: Tensor, batch: int, seqlen: int) -> None:
+    """Check the number of real items of each row of a [batch, seqlen] tensor.
+
+    Raises:
+        TypeError: not integers.
+        ValueError: not `batch` of them, or (on the CPU, outside compiled graphs) a value outside 1..seqlen.
+    """
+    if lengths.is_floating_point() or lengths.dtype == torch.bool:
+        raise TypeError(f"lengths: expected integers, got {lengths.dtype}")
+    if lengths.shape != (batch,):
+        raise ValueError(f"lengths: expected shape [{batch}], got {list(lengths.shape)}")
+    if batch and not (lengths.is_cuda or torch.compiler.is_compiling()):
+        low, high = (int(value) for value in torch.aminmax(lengths))
+        if low < 1 or high > seqlen:
+            raise ValueError(f"lengths: expected values from 1 to {seqlen}, got {low if low < 1 else high}")
+
+
+def _build_for_loading(config: Any, folder: Path) -> SequentialRecommender:
+    """An uninitialised model of the shape that `config` describes; a text table is still to be loaded."""
+    try:
+        fields = {name: value for name, value in config.items() if name != "model_type"}
+        text = None
+        if config["model_type"] == "m2rec" and M2RecConfig.from_dict(fields).uses_text:
+            text = torch.zeros(fields["n_items"] + 1, fields["text_dim"])
+        return build_model(config["model_type"], fields, text)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise StorageError(f"{folder / CONFIG_FILE} does not describe a model: {error}") from error
+
+
+def _digest(config: Any, vocab: Any) -> str:
+    return hashlib.sha256(json.dumps([config, vocab], sort_keys=True).encode()).hexdigest()
+
+
+def _local_folder(source: PathLike, revision: str | None) -> Path:
+    folder = Path(source)
+    if folder.is_dir() or not (
+        isinstance(source, str) and source.count("/") == 1 and not source.startswith((".", "/"))
+    ):
+        return folder
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise StorageError(
+            f"{source} is no folder; to read it as a Hugging Face hub repository, pip install 'fastm2rec[hub]'"
+        ) from None
+    files = [CONFIG_FILE, TENSORS_FILE, VOCAB_FILE]
+    return Path(snapshot_download(source, revision=revision, allow_patterns=files))

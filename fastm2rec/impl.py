@@ -1,0 +1,85 @@
+"""Which implementation of an op runs: the one place where that is decided.
+
+An implementation asked for by name runs or raises; `"auto"` takes the best one that can run on the given device, and
+`chosen` says which one that is.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+AUTO = "auto"
+
+
+class ImplementationError(RuntimeError):
+    """The implementation that was asked for does not exist, or cannot run here."""
+
+
+@dataclass(frozen=True)
+class _Implementation:
+    """One way to compute the ops: `{package}.{op}.{op}` are its functions."""
+
+    package: str
+    ops: frozenset[str]
+    # None where it can run on the device, else the reason why it cannot.
+    why_not: Callable[[torch.device], str | None]
+
+
+_OPS = frozenset({"spectral_projection", "causal_conv1d", "selective_scan", "last_state", "gated_fusion"})
+
+# In the order in which "auto" tries them.
+_IMPLEMENTATIONS: dict[str, _Implementation] = {
+    "reference": _Implementation("fastm2rec.reference", _OPS, lambda device: None),
+}
+
+
+def names() -> tuple[str, ...]:
+    """Every word that `impl=` takes."""
+    return (AUTO, *_IMPLEMENTATIONS)
+
+
+def unavailable(op: str, impl: str, device: torch.device | str) -> str | None:
+    """Why `op` cannot run through `impl` on `device`; None if it can.
+
+    Raises:
+        ValueError: `op` is not one of the package's ops.
+    """
+    if op not in _OPS:
+        raise ValueError(f"op: expected one of {', '.join(sorted(_OPS))}, got {op!r}")
+    if impl == AUTO:
+        return None
+    if impl not in _IMPLEMENTATIONS:
+        return f"there is no implementation {impl!r} in this version; there are {', '.join(names())}"
+    entry = _IMPLEMENTATIONS[impl]
+    if op not in entry.ops:
+        return f"implementation {impl!r} has no {op}"
+    return entry.why_not(torch.device(device))
+
+
+def chosen(op: str, impl: str, device: torch.device | str) -> str:
+    """The name of the implementation that runs when `impl` is asked for.
+
+    Raises:
+        ImplementationError: `impl` was asked for by name and cannot run; the message says why.
+    """
+    if impl == AUTO:
+        return next(name for name in _IMPLEMENTATIONS if unavailable(op, name, device) is None)
+    reason = unavailable(op, impl, device)
+    if reason is not None:
+        raise ImplementationError(f"impl={impl!r} was asked for {op} on {torch.device(device)}: {reason}")
+    return impl
+
+
+def resolve(op: str, impl: str, device: torch.device | str) -> Callable[..., Any]:
+    """The function that computes `op` when `impl` is asked for on `device`.
+
+    Raises:
+        ImplementationError: as `chosen`.
+    """
+    package = _IMPLEMENTATIONS[chosen(op, impl, device)].package
+    return getattr(importlib.import_module(f"{package}.{op}"), op)

@@ -1,0 +1,133 @@
+"""The Mamba-1 block, with the low-pass filter's place inside it, for all positions or for the last one.
+
+Parameters, their names, shapes and start values are those of `fastm2rec.reference.mamba.Mamba`, hence of
+`mamba_ssm.Mamba`: a state_dict of either loads into the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import ops
+from .reference.mamba import Mamba as ReferenceMamba
+
+Filter = Callable[[Tensor, Tensor], Tensor]
+
+
+class Mamba(ReferenceMamba):
+    """`u, z = in_proj(x); u = silu(filter(conv(u))); out_proj(scan(u) * silu(z))` (arXiv 2312.00752 section 3.4).
+
+    Args:
+        d_model: D, width of the input and the output.
+        d_state: N, states per channel.
+        d_conv: taps of the causal convolution.
+        expand: d_inner = expand * d_model.
+        dt_rank: rank of the step-size projection, "auto" for ceil(d_model / 16).
+        conv_bias: does the convolution have a bias?
+        bias: do in_proj and out_proj have one?
+        scan_norm: LayerNorm on the scan's output, named `norm`.
+    """
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, lengths: Tensor, filter: Filter | None = None, impl: str = "auto"
+    ) -> Tensor:
+        """All positions: x [B, L, D], right-padded rows of `lengths` [B], to [B, L, D]."""
+        u, z = self.in_proj(x).chunk(2, dim=-1)
+        u = self._convolved(u, lengths, filter, impl)
+        delta, B, C = self.x_proj(u.transpose(1, 2)).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+        y = ops.selective_scan(
+            u,
+            self._delta(delta),
+            self._state_matrix(),
+            B.transpose(1, 2),
+            C.transpose(1, 2),
+            self.D,
+            z=None if self.scan_norm else z.transpose(1, 2),
+            delta_bias=self.dt_proj.bias,
+            delta_softplus=True,
+            impl=impl,
+        )
+        assert isinstance(y, Tensor)
+        y = y.transpose(1, 2)
+        if self.scan_norm:
+            y = self.norm(y) * F.silu(z)
+        return self.out_proj(y)
+
+    def last(
+        self, x: Tensor, lengths: Tensor, filter: Filter | None = None, stride: int = 1, impl: str = "auto"
+    ) -> Tensor:
+        """The last real position only: x [B, L, D] to [B, D].
+
+        z, C, D u and the output projection are computed there alone, and the scan in closed form.
+
+        Args:
+            x: [B, L, D], right-padded.
+            lengths: [B] int64, 1 to L.
+            filter: applied to the convolution's output [B, L, E] before SiLU.
+            stride: scan every stride-th position, counted back from the last real one.
+            impl: which implementation of the ops.
+        """
+        inner = self.d_inner
+        weight, bias = self.in_proj.weight, self.in_proj.bias
+        u = F.linear(x, weight[:inner], None if bias is None else bias[:inner])
+        z = F.linear(take(x, lengths - 1), weight[inner:], None if bias is None else bias[inner:])
+        u = self._convolved(u, lengths, filter, impl).transpose(1, 2)
+        u, lengths = subsample(u, lengths, stride)
+        states = self.dt_rank + self.d_state
+        delta, B = F.linear(u, self.x_proj.weight[:states]).split([self.dt_rank, self.d_state], dim=-1)
+        y = ops.last_state(
+            u.transpose(1, 2),
+            self._delta(delta),
+            self._state_matrix(),
+            B.transpose(1, 2),
+            F.linear(take(u, lengths - 1), self.x_proj.weight[states:]),
+            self.D,
+            z=None if self.scan_norm else z,
+            delta_bias=self.dt_proj.bias,
+            delta_softplus=True,
+            lengths=lengths,
+            impl=impl,
+        )
+        if self.scan_norm:
+            y = self.norm(y) * F.silu(z)
+        return self.out_proj(y)
+
+    def _state_matrix(self) -> Tensor:
+        """The state matrix (dim, dstate), negative, float32 at least."""
+        return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
+
+    def _delta(self, low_rank: Tensor) -> Tensor:
+        """Step sizes before bias and softplus, [B, L, dt_rank] to (B, dim, L)."""
+        return F.linear(low_rank, self.dt_proj.weight).transpose(1, 2)
+
+    def _convolved(self, u: Tensor, lengths: Tensor, filter: Filter | None, impl: str) -> Tensor:
+        """silu(filter(conv(u))): [B, L, E] to (B, E, L)."""
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        if filter is None:
+            return ops.causal_conv1d(u.transpose(1, 2), weight, bias, "silu", impl=impl)
+        convolved = ops.causal_conv1d(u.transpose(1, 2), weight, bias, impl=impl)
+        return F.silu(filter(convolved.transpose(1, 2), lengths)).transpose(1, 2)
+
+
+def take(x: Tensor, positions: Tensor) -> Tensor:
+    """Row b's position `positions[b]`: x [B, L, C], positions [B] int64, to [B, C]."""
+    index = positions.view(-1, 1, 1).expand(-1, 1, x.shape[2])
+    return x.gather(1, index).squeeze(1)
+
+
+def subsample(x: Tensor, lengths: Tensor, stride: int) -> tuple[Tensor, Tensor]:
+    """Every stride-th position of each row, counted back from its last real one, in order and right-padded.
+
+    x [B, L, C] and lengths [B] to [B, ceil(L / stride), C] and the new lengths ceil(lengths / stride).
+    """
+    if stride == 1:
+        return x, lengths
+    kept = (lengths + stride - 1).div(stride, rounding_mode="floor")
+    slots = -(-x.shape[1] // stride)
+    order = kept.unsqueeze(1) - 1 - torch.arange(slots, device=x.device)  # 0 for a row's last, negative in its padding
+    positions = (lengths.unsqueeze(1) - 1 - stride * order).clamp(max=x.shape[1] - 1)
+    return x.gather(1, positions.unsqueeze(2).expand(-1, -1, x.shape[2])), kept

@@ -1,0 +1,116 @@
+"""The public ops: the choice of an implementation, and an error by name for every argument that does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from fastm2rec import ImplementationError, impl, ops
+
+B, E, L, N, D, R = 2, 6, 5, 3, 4, 3
+OPS = ("spectral_projection", "causal_conv1d", "selective_scan", "last_state", "gated_fusion")
+
+
+def _arguments(op: str) -> dict[str, Any]:
+    r = torch.randn
+    scan = {"u": r(B, E, L), "delta": r(B, E, L), "A": -r(E, N).exp(), "B": r(B, N, L)}
+    return {
+        "spectral_projection": {
+            "x": r(B, L, D), "basis": r(L, R), "mask": r(R), "weight": r(7, D), "bias": r(7),
+        },
+        "causal_conv1d": {"x": r(B, E, L), "weight": r(E, 4), "bias": r(E), "activation": "silu"},
+        "selective_scan": {
+            **scan, "C": r(B, N, L), "D": r(E), "z": r(B, E, L), "delta_bias": r(E), "initial_state": r(B, E, N),
+        },
+        "last_state": {
+            **scan, "C": r(B, N), "D": r(E), "z": r(B, E), "delta_bias": r(E), "lengths": torch.tensor([5, 1]),
+        },
+        "gated_fusion": {
+            "h": r(B, D), "text": r(B, D), "alpha": r(()), "beta": r(D), "weight": r(D, D), "bias": r(D),
+        },
+    }[op]  # fmt: skip
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_auto_is_what_it_says_it_takes(op: str) -> None:
+    arguments = _arguments(op)
+    taken = impl.chosen(op, "auto", "cpu")
+    assert taken in impl.names()
+    function: Callable[..., torch.Tensor] = getattr(ops, op)
+    assert torch.equal(function(**arguments), function(**arguments, impl=taken))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_implementation_asked_for_by_name_runs_or_raises(op: str) -> None:
+    arguments = _arguments(op)
+    with pytest.raises(ImplementationError, match=f"impl='warp' was asked for {op} on cpu: there is no implementation"):
+        getattr(ops, op)(**arguments, impl="warp")
+    assert impl.unavailable(op, "warp", "cpu") is not None
+    assert impl.unavailable(op, "reference", "cpu") is None
+
+
+def test_an_op_that_does_not_exist_is_named() -> None:
+    with pytest.raises(ValueError, match="op: expected one of .*, got 'scan'"):
+        impl.chosen("scan", "reference", "cpu")
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_tensor_is_checked_for_shape_and_dtype(op: str) -> None:
+    arguments = _arguments(op)
+    function = getattr(ops, op)
+    function(**arguments)
+    for name, value in arguments.items():
+        if not isinstance(value, torch.Tensor):
+            continue
+        with pytest.raises((TypeError, ValueError), match=f"^{name}: expected .* got "):
+            function(**{**arguments, name: value.bool()})
+        if value.dim() == 0:
+            continue
+        longer = torch.cat([value, value])
+        # Growing the first argument shows up at whichever argument it no longer fits.
+        first = name == next(iter(arguments))
+        with pytest.raises(ValueError, match="" if first else f"^{name}: expected .* got "):
+            function(**{**arguments, name: longer})
+        with pytest.raises(ValueError, match=f"^{name}: expected .* got "):
+            function(**{**arguments, name: value.unsqueeze(0).unsqueeze(0)})
+
+
+@pytest.mark.parametrize("lengths", [[0, 1], [6, 1], [-1, 1]])
+def test_lengths_outside_the_sequence(lengths: list[int]) -> None:
+    with pytest.raises(ValueError, match="^lengths: expected values from 1 to 5, got"):
+        ops.last_state(**{**_arguments("last_state"), "lengths": torch.tensor(lengths)})
+
+
+@pytest.mark.parametrize("op", ["selective_scan", "last_state"])
+def test_an_empty_sequence(op: str) -> None:
+    arguments = {
+        name: value[..., :0] if isinstance(value, torch.Tensor) and value.dim() == 3 and value.shape[2] == L else value
+        for name, value in _arguments(op).items()
+    }
+    with pytest.raises(ValueError, match="^u: expected a seqlen of at least 1, got 0"):
+        getattr(ops, op)(**arguments)
+
+
+def test_gates_that_contradict_each_other() -> None:
+    arguments = _arguments("gated_fusion")
+    gate = {"gate_weight": torch.randn(2 * D, 2 * D), "gate_bias": torch.randn(2 * D)}
+    for wrong in (
+        {**arguments, **gate},
+        {**arguments, "beta": None},
+        {**arguments, "alpha": None, "beta": None},
+        {**arguments, "alpha": None, "beta": None, "gate_weight": gate["gate_weight"]},
+    ):
+        with pytest.raises(ValueError, match="^alpha: expected either alpha and beta, or gate_weight and gate_bias"):
+            ops.gated_fusion(**wrong)
+    with pytest.raises(ValueError, match="^text: expected a tensor"):
+        ops.gated_fusion(**{**arguments, "text": None})
+
+
+def test_other_misfits() -> None:
+    with pytest.raises(ValueError, match="activation: expected None or 'silu', got 'relu'"):
+        ops.causal_conv1d(**{**_arguments("causal_conv1d"), "activation": "relu"})
+    with pytest.raises(ValueError, match="^bias: expected None without a weight"):
+        ops.spectral_projection(**{**_arguments("spectral_projection"), "weight": None})
