@@ -6,7 +6,6 @@ An implementation asked for by name runs or raises; `"auto"` takes the best one 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,11 +19,28 @@ class ImplementationError(RuntimeError):
     """The implementation that was asked for does not exist, or cannot run here."""
 
 
+def _reference() -> dict[str, Callable[..., Any]]:
+    # Imports in a function are late, and unlike importlib's they can be traced by torch.compile.
+    from .reference.causal_conv1d import causal_conv1d
+    from .reference.gated_fusion import gated_fusion
+    from .reference.last_state import last_state
+    from .reference.selective_scan import selective_scan
+    from .reference.spectral_projection import spectral_projection
+
+    return {
+        "causal_conv1d": causal_conv1d,
+        "gated_fusion": gated_fusion,
+        "last_state": last_state,
+        "selective_scan": selective_scan,
+        "spectral_projection": spectral_projection,
+    }
+
+
 @dataclass(frozen=True)
 class _Implementation:
-    """One way to compute the ops: `{package}.{op}.{op}` are its functions."""
+    """One way to compute the ops."""
 
-    package: str
+    load: Callable[[], dict[str, Callable[..., Any]]]
     ops: frozenset[str]
     # None where it can run on the device, else the reason why it cannot.
     why_not: Callable[[torch.device], str | None]
@@ -34,7 +50,7 @@ _OPS = frozenset({"spectral_projection", "causal_conv1d", "selective_scan", "las
 
 # In the order in which "auto" tries them.
 _IMPLEMENTATIONS: dict[str, _Implementation] = {
-    "reference": _Implementation("fastm2rec.reference", _OPS, lambda device: None),
+    "reference": _Implementation(_reference, _OPS, lambda device: None),
 }
 
 
@@ -68,7 +84,9 @@ def chosen(op: str, impl: str, device: torch.device | str) -> str:
         ImplementationError: `impl` was asked for by name and cannot run; the message says why.
     """
     if impl == AUTO:
-        return next(name for name in _IMPLEMENTATIONS if unavailable(op, name, device) is None)
+        for name in _IMPLEMENTATIONS:  # the reference runs everywhere, so one is always found
+            if unavailable(op, name, device) is None:
+                return name
     reason = unavailable(op, impl, device)
     if reason is not None:
         raise ImplementationError(f"impl={impl!r} was asked for {op} on {torch.device(device)}: {reason}")
@@ -81,5 +99,4 @@ def resolve(op: str, impl: str, device: torch.device | str) -> Callable[..., Any
     Raises:
         ImplementationError: as `chosen`.
     """
-    package = _IMPLEMENTATIONS[chosen(op, impl, device)].package
-    return getattr(importlib.import_module(f"{package}.{op}"), op)
+    return _IMPLEMENTATIONS[chosen(op, impl, device)].load()[op]

@@ -57,7 +57,7 @@ def test_the_kept_bins_are_those_at_or_below_theta(n: int, theta: float, bins: i
 @pytest.mark.parametrize("kind", BASES)
 @pytest.mark.parametrize("mask", ["hard", "soft", "straight_through"])
 @pytest.mark.parametrize("spectrum", ["padded", "valid"])
-@pytest.mark.parametrize("theta", [0.0, 0.1, 0.27, 0.49])
+@pytest.mark.parametrize("theta", [0.0, 0.1, 0.27, 0.487])
 def test_filter_is_the_references(kind: Basis, mask: Mask, spectrum: Spectrum, theta: float) -> None:
     if mask != "hard" and theta == 0:
         theta = 0.01
@@ -73,7 +73,7 @@ def test_filter_is_the_references(kind: Basis, mask: Mask, spectrum: Spectrum, t
 @pytest.mark.parametrize("mask", ["soft", "straight_through"])
 def test_theta_is_learned_inside_its_range(mask: Mask) -> None:
     module = SpectralFilter(M2RecConfig(theta=0.1, mask=mask)).double()
-    assert float(module.theta) == pytest.approx(0.1, abs=1e-7)
+    assert float(torch.as_tensor(module.theta).detach()) == pytest.approx(0.1, abs=1e-7)
     x = torch.randn(2, 50, 4, dtype=torch.float64)
     module(x, torch.tensor([50, 50])).square().sum().backward()
     # More cutoff, more energy: the gradient must be there and point up.
@@ -81,7 +81,7 @@ def test_theta_is_learned_inside_its_range(mask: Mask) -> None:
     assert module.theta_logit.grad > 0
     with torch.no_grad():
         module.theta_logit.fill_(80.0)
-    assert 0 <= float(module.theta) <= 0.5
+    assert 0 <= float(torch.as_tensor(module.theta).detach()) <= 0.5
 
 
 def test_hard_filter_has_no_parameter_and_theta_half_is_the_identity() -> None:

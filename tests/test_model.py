@@ -149,7 +149,7 @@ def test_the_filter_sees_the_future_and_mamba4rec_does_not() -> None:
         assert torch.equal(before, after) is not leaks
 
 
-@pytest.mark.parametrize(("output", "spectrum"), itertools.product(["all", "last"], ["padded", "valid"]))
+@pytest.mark.parametrize(("output", "spectrum"), list(itertools.product(["all", "last"], ["padded", "valid"])))
 def test_padding_side_and_mask_give_equal_results(output: Any, spectrum: Any) -> None:
     encoder = M2RecEncoder(config(spectrum=spectrum, n_layers=2)).double().eval()
     x = torch.randn(4, 17, 16, dtype=torch.float64)
