@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Self
 
@@ -124,7 +124,7 @@ class SequentialRecommender(nn.Module):
     @torch.no_grad()
     def recommend(
         self,
-        histories: Sequence[Sequence[object]],
+        histories: Iterable[Iterable[object]],
         k: int = 10,
         *,
         exclude_seen: bool = True,
@@ -163,18 +163,19 @@ class SequentialRecommender(nn.Module):
         finally:
             self.train(training)
 
-    def _dense_histories(self, histories: Sequence[Sequence[object]], unknown: Unknown) -> list[list[int]]:
+    def _dense_histories(self, histories: Iterable[Iterable[object]], unknown: Unknown) -> list[list[int]]:
         vocab = self.vocab if self.vocab is not None else Vocabulary(range(1, self.n_items + 1))
         dense = []
         for place, history in enumerate(histories):
             if isinstance(history, str | bytes) or not hasattr(history, "__iter__"):
                 raise TypeError(f"histories: expected a sequence of item ids at position {place}, got {history!r}")
+            history = list(history)
             try:
                 row = vocab.encode(history, unknown)
             except KeyError as error:
                 raise type(error)(f"histories[{place}]: {error}") from None
             if not row:
-                skipped = "" if not len(history) else f"; all of its {len(history)} ids are unknown and were skipped"
+                skipped = "" if not history else f"; all of its {len(history)} ids are unknown and were skipped"
                 raise ValueError(f"histories[{place}]: expected at least one item, got an empty history{skipped}")
             dense.append(row)
         return dense

@@ -194,8 +194,8 @@ def test_encoder_refuses_what_it_cannot_read() -> None:
         ({"padding_side": "top"}, ValueError, "padding_side: expected 'right' or 'left', got 'top'"),
         ({"output": "first"}, ValueError, "output: expected 'all' or 'last', got 'first'"),
     ):
-        with pytest.raises(error, match=message):  # type: ignore[call-overload]
-            encoder(x, **arguments)  # type: ignore[arg-type]
+        with pytest.raises(error, match=message):
+            encoder(x, **arguments)
     with pytest.raises(ValueError, match=r"x: expected shape \[B, L, 8\] with L >= 1, got \[2, 6, 9\]"):
         encoder(torch.randn(2, 6, 9))
     with pytest.raises(TypeError, match="x: expected floating-point"):

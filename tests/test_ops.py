@@ -17,7 +17,7 @@ OPS = ("spectral_projection", "causal_conv1d", "selective_scan", "last_state", "
 def _arguments(op: str) -> dict[str, Any]:
     r = torch.randn
     scan = {"u": r(B, E, L), "delta": r(B, E, L), "A": -r(E, N).exp(), "B": r(B, N, L)}
-    return {
+    arguments: dict[str, dict[str, Any]] = {
         "spectral_projection": {
             "x": r(B, L, D), "basis": r(L, R), "mask": r(R), "weight": r(7, D), "bias": r(7),
         },
@@ -31,7 +31,8 @@ def _arguments(op: str) -> dict[str, Any]:
         "gated_fusion": {
             "h": r(B, D), "text": r(B, D), "alpha": r(()), "beta": r(D), "weight": r(D, D), "bias": r(D),
         },
-    }[op]  # fmt: skip
+    }  # fmt: skip
+    return arguments[op]
 
 
 @pytest.mark.parametrize("op", OPS)

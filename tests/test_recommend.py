@@ -65,7 +65,7 @@ def test_dense_ids_where_the_model_has_no_vocabulary() -> None:
     dense = PLAIN.recommend([[1, 5]], 3)
     assert [NAMES[int(item) - 1] for item, _ in dense[0]] == [item for item, _ in named[0]]
     assert PLAIN.recommend(np.array([[1, 5]]), 3) == dense
-    assert PLAIN.recommend([torch.tensor([1, 5])], 3) == dense  # type: ignore[list-item]
+    assert PLAIN.recommend([torch.tensor([1, 5])], 3) == dense
 
 
 def test_only_the_last_items_are_read_but_all_are_excluded() -> None:
