@@ -1,0 +1,136 @@
+"""Text embeddings of items, made elsewhere: read from a file, matched to a vocabulary by the items' own ids."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import polars as pl
+import torch
+from torch import Tensor
+
+from ..storage import PathLike, StorageError, load_tensors, read_json
+from ..vocab import ItemId, Vocabulary
+from .files import DataError, natural_ids, read_bytes
+
+ENDINGS = (".safetensors", ".npz", ".npy", ".parquet")
+
+
+class TextTable(NamedTuple):
+    """`embeddings` [n, T] float32, row i for the item `items[i]`."""
+
+    items: list[ItemId]
+    embeddings: Tensor
+
+
+class AlignedText(NamedTuple):
+    """`table` [n_items + 1, T] in the order of a vocabulary, row 0 zero; `missing` items have a zero row."""
+
+    table: Tensor
+    missing: int
+
+
+def load_text_table(path: PathLike) -> TextTable:
+    """Read a table of text embeddings. Nothing in the file is executed.
+
+    Args:
+        path: by its ending, .npz with the arrays `item_ids` [n] and `embeddings` [n, T]; .npy [n, T] with the ids as a
+            JSON list beside it (`NAME.ids.json`); .safetensors with `embeddings` and either a tensor `item_ids` or the
+            ids beside it like that; .parquet with the columns `item_id` and `embedding` (a list of numbers).
+
+    Raises:
+        DataError: an unknown ending, missing arrays, shapes that do not fit, repeated ids, or values that are not finite.
+    """
+    path = Path(path)
+    if path.suffix not in ENDINGS:
+        raise DataError(f"{path}: expected a file ending in {', '.join(ENDINGS)}")
+    try:
+        ids, values = _READERS[path.suffix](path)
+    except (KeyError, ValueError, StorageError, pl.exceptions.PolarsError) as error:
+        if isinstance(error, DataError):
+            raise
+        raise DataError(f"{path}: not a table of text embeddings: {error}") from None
+    if values.ndim != 2 or not np.issubdtype(values.dtype, np.floating):
+        raise DataError(
+            f"{path}: embeddings: expected floating point of shape [n, T], got {values.dtype} {values.shape}"
+        )
+    if len(ids) != len(values):
+        raise DataError(f"{path}: expected one id per embedding, got {len(ids)} ids and {len(values)} embeddings")
+    if not np.isfinite(values).all():
+        raise DataError(f"{path}: embeddings: expected finite values, got NaN or infinity")
+    try:
+        Vocabulary(ids)
+    except ValueError as error:
+        raise DataError(f"{path}: item_ids: {error}") from None
+    return TextTable(ids, torch.from_numpy(values.astype(np.float32)))
+
+
+def _npz(path: Path) -> tuple[list[ItemId], np.ndarray]:
+    with np.load(io.BytesIO(read_bytes(path)), allow_pickle=False) as arrays:
+        return _as_ids(arrays["item_ids"]), arrays["embeddings"]
+
+
+def _npy(path: Path) -> tuple[list[ItemId], np.ndarray]:
+    values = np.load(io.BytesIO(read_bytes(path)), allow_pickle=False)
+    return read_json(path.with_suffix(".ids.json")), values
+
+
+def _safetensors(path: Path) -> tuple[list[ItemId], np.ndarray]:
+    tensors, _ = load_tensors(path)
+    values = tensors["embeddings"].float().numpy()
+    if "item_ids" in tensors:
+        return tensors["item_ids"].tolist(), values
+    return read_json(path.with_suffix(".ids.json")), values
+
+
+def _parquet(path: Path) -> tuple[list[ItemId], np.ndarray]:
+    frame = pl.read_parquet(io.BytesIO(read_bytes(path)))
+    missing = [name for name in ("item_id", "embedding") if name not in frame]
+    if missing:
+        raise DataError(f"{path}: no column {', '.join(missing)}; the columns are {', '.join(frame.columns)}")
+    lengths = frame["embedding"].list.len().unique()
+    if len(lengths) > 1:
+        raise DataError(f"{path}: embedding: expected lists of one length, got {sorted(lengths.to_list())}")
+    return natural_ids(frame["item_id"]).to_list(), np.array(frame["embedding"].to_list())
+
+
+_READERS = {".npz": _npz, ".npy": _npy, ".safetensors": _safetensors, ".parquet": _parquet}
+
+
+def _as_ids(array: np.ndarray) -> list[ItemId]:
+    if array.ndim != 1 or array.dtype.kind not in "iuUS":
+        raise ValueError(f"item_ids: expected a vector of integers or strings, got {array.dtype} {array.shape}")
+    return [item.decode() if isinstance(item, bytes) else item for item in array.tolist()]
+
+
+def align(text: TextTable, vocab: Vocabulary, name: object = "text") -> AlignedText:
+    """Bring a table into the order of `vocab`; items that it lacks get a zero row and are counted.
+
+    Raises:
+        DataError: ids of another type than the vocabulary's, or no item in common.
+    """
+    kind = type(text.items[0]) if text.items else vocab.kind
+    if kind is not vocab.kind:
+        raise DataError(f"{name}: expected item ids of type {vocab.kind.__name__}, as in the log, got {kind.__name__}")
+    place = {item: row for row, item in enumerate(text.items)}
+    rows = torch.tensor([place.get(item, -1) for item in vocab.items])
+    known = rows >= 0
+    if not known.any():
+        raise DataError(f"{name}: no item of the log is in the table, whose ids look like {text.items[:1]}")
+    table = torch.zeros(len(vocab) + 1, text.embeddings.shape[1])
+    table[1:][known] = text.embeddings[rows[known]]
+    return AlignedText(table, int((~known).sum()))
+
+
+def find_text_table(folder: PathLike) -> Path | None:
+    """The table `text*` in a data folder; None if there is none.
+
+    Raises:
+        DataError: there are several.
+    """
+    found = sorted(path for path in Path(folder).glob("text*") if path.suffix in ENDINGS)
+    if len(found) > 1:
+        raise DataError(f"{folder}: expected one text table, got {', '.join(path.name for path in found)}; name one")
+    return found[0] if found else None
