@@ -1,4 +1,4 @@
-"""Ranking metrics over the whole catalogue: where the true next item stands among all items, and HR, NDCG and MRR of that.
+"""Ranking metrics over the whole catalogue: where the true next item stands among all items; HR, NDCG and MRR of that.
 
 With one relevant item per user the three metrics are functions of its rank r alone:
 

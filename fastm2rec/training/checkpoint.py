@@ -76,9 +76,7 @@ def save_checkpoint(
     save_tensors(folder / LAST, tensors, metadata)
 
 
-def load_checkpoint(
-    path: Path, model: nn.Module, optimizer: torch.optim.Optimizer
-) -> tuple[Progress, dict[str, Any]]:
+def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Progress, dict[str, Any]]:
     """Bring `model` and `optimizer` to where they were, and return the counters and `origin`.
 
     Raises:
@@ -118,9 +116,7 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _load_adam(
-    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], path: Path
-) -> None:
+def _load_adam(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], path: Path) -> None:
     state: dict[int, dict[str, Tensor]] = {}
     place = {name: (number, parameter) for number, (name, parameter) in enumerate(model.named_parameters())}
     for key, tensor in tensors.items():

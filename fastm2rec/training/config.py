@@ -234,8 +234,11 @@ class RunConfig:
     def to_yaml(self) -> str:
         """`to_dict` as YAML that `--config` reads."""
         values = self.to_dict()
-        groups = [("Data", _names(DataConfig)), ("Training", _names(TrainConfig))]
-        groups.append((f"Model {self.model_name}", ["model", *MODELS[self.model_name].options]))
+        groups = [
+            ("Model", ["model", *MODELS[self.model_name].options]),
+            ("Data", _names(DataConfig)),
+            ("Training", _names(TrainConfig)),
+        ]
         text = f"# A run of fastm2rec {__version__}. The same again: fastm2rec train --config THIS_FILE --out FOLDER\n"
         for title, names in groups:
             text += f"\n# {title}\n" + yaml.safe_dump({name: values[name] for name in names}, sort_keys=False)
@@ -259,9 +262,8 @@ class RunConfig:
     def differences(self, other: RunConfig) -> list[str]:
         """The options in which two runs differ, apart from those that a resumed run may change."""
         ours, theirs = self.to_dict(), other.to_dict()
-        return sorted(
-            name for name in ours.keys() | theirs.keys() - CHANGEABLE if ours.get(name) != theirs.get(name)
-        )
+        names = (ours.keys() | theirs.keys()) - CHANGEABLE
+        return sorted(name for name in names if ours.get(name) != theirs.get(name))
 
 
 def _names(config: type[_Config]) -> list[str]:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import deterministic as torch_deterministic
 
 
 class Runtime:
@@ -89,8 +90,11 @@ def settings(threads: int, deterministic: bool) -> Iterator[None]:
         deterministic: raise where an operation has no deterministic kernel.
     """
     before = torch.get_num_threads()
-    strict, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    benchmark, fill = torch.backends.cudnn.benchmark, torch.utils.deterministic.fill_uninitialized_memory
+    strict, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    benchmark, fill = torch.backends.cudnn.benchmark, torch_deterministic.fill_uninitialized_memory
     try:
         if threads:
             torch.set_num_threads(threads)
@@ -99,10 +103,10 @@ def settings(threads: int, deterministic: bool) -> Iterator[None]:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
             torch.backends.cudnn.benchmark = False
-            torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid, and it takes time
+            torch_deterministic.fill_uninitialized_memory = False  # a debugging aid, and it takes time
         yield
     finally:
         torch.set_num_threads(before)
         torch.use_deterministic_algorithms(strict, warn_only=warn_only)
         torch.backends.cudnn.benchmark = benchmark
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        torch_deterministic.fill_uninitialized_memory = fill
