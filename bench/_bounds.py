@@ -3,15 +3,15 @@
 Counted per sequence for next-item inference (only the last position's output), D = d_model, E = 2 D, N = d_state,
 J = d_conv, R basis columns, V = n_items. A multiplication with its addition is two operations.
 
-* M2Rec and Mamba4Rec: at every position the x half of in_proj (2 D E), the convolution (2 J E), the filter there and back
-  (4 R E, inner placement), the step size and B (2 E (r + N) + 2 r E), SiLU and softplus (3 E special functions) and the
-  closed form of the last state (E N exponentials, 4 E N operations); at the last position the rest.
-* SASRec and BERT4Rec, last query only: the first layer at every position (24 D^2, attention 4 D times the positions seen),
-  the keys and values of the second (4 D^2), and the last query.
+* M2Rec and Mamba4Rec: at every position the x half of in_proj (2 D E), the convolution (2 J E), the filter there and
+  back (4 R E, inner placement), the step size and B (2 E (r + N) + 2 r E), SiLU and softplus (3 E special functions)
+  and the closed form of the last state (E N exponentials, 4 E N operations); at the last position the rest.
+* SASRec and BERT4Rec, last query only: the first layer at every position (24 D^2, attention 4 D times the positions
+  seen), the keys and values of the second (4 D^2), and the last query.
 * Scoring: 2 D V, and the item table is read once per batch.
 
-The ceilings are measured in the same process: an exponential over a tensor that fits the cache, a matrix product, a copy.
-The bound is the largest of the three times, so what cannot overlap is counted as if it could.
+The ceilings are measured in the same process: an exponential over a tensor that fits the cache, a matrix product, a
+copy. The bound is the largest of the three times, so what cannot overlap is counted as if it could.
 """
 
 from __future__ import annotations
@@ -62,8 +62,8 @@ def work(config: M2RecConfig | SASRecConfig, batch: int, seqlen: int, itemsize: 
         e, n, rank = config.d_inner, config.d_state, config.resolved_dt_rank
         filtered = config.filter_placement != "none"
         columns = n_columns(seqlen, config.theta if config.mask == "hard" else None, config.basis) if filtered else 0
-        special = seqlen * e * (n / config.stride + DT_SPECIAL)
-        operations = seqlen * e * (2 * d + 2 * config.d_conv + 4 * columns + 2 * (rank + n) + 2 * rank + 4 * n)
+        special: float = seqlen * e * (n / config.stride + DT_SPECIAL)
+        operations: float = seqlen * e * (2 * d + 2 * config.d_conv + 4 * columns + 2 * (rank + n) + 2 * rank + 4 * n)
         operations += 2 * e * (2 * d + n) + 4 * config.ffn_mult * d * d
     else:
         seen = seqlen / 2 if type(config) is SASRecConfig else seqlen

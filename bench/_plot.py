@@ -43,7 +43,7 @@ def _label(row: Row) -> str:
     return f"{row.model}, {row.impl}" + (", compiled" if row.mode == "compiled" else "")
 
 
-def _bars(panel, rows: Sequence[Row]) -> None:  # type: ignore[no-untyped-def]
+def _bars(panel, rows: Sequence[Row]) -> None:
     rows = sorted(rows, key=lambda row: row.median_ms or 0, reverse=True)
     places = range(len(rows))
     medians = [row.median_ms or 0 for row in rows]
@@ -61,7 +61,7 @@ def _bars(panel, rows: Sequence[Row]) -> None:  # type: ignore[no-untyped-def]
     panel.grid(axis="x", which="both", alpha=0.25)
 
 
-def _lines(panel, rows: Sequence[Row]) -> None:  # type: ignore[no-untyped-def]
+def _lines(panel, rows: Sequence[Row]) -> None:
     for label in dict.fromkeys(_label(row) for row in rows):
         own = sorted((row for row in rows if _label(row) == label), key=lambda row: row.seq_len)
         style = "-" if own[0].mode == "compiled" else "--"

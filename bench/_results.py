@@ -106,7 +106,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def table(rows: Sequence[Row]) -> str:
-    """The rows as aligned text: times with their 20 and 80 % quantiles, the ratio to the best SASRec of the same shape."""
+    """The rows as aligned text: times with 20 and 80 % quantiles, the ratio to the best SASRec of the same shape."""
     header = ["model", "computed by", "mode", "batch", "len", "ms / batch", "(20-80 %)", "seq/s", "x SASRec", "bound"]
     lines = [header]
     for row in rows:

@@ -1,7 +1,7 @@
-"""How long a call takes, beside other calls: interleaved rounds in one process, so that a ratio survives a noisy machine.
+"""How long a call takes, beside others: interleaved rounds in one process, so that a ratio survives a noisy machine.
 
-On a CPU a sample is the wall time of as many calls as fill a few milliseconds; on CUDA it is the time between two events
-around one call, after a warm-up, with the inputs rotated so that none of them waits in the cache.
+On a CPU a sample is the wall time of as many calls as fill a few milliseconds; on CUDA it is the time between two
+events around one call, after a warm-up, with the inputs rotated so that none of them waits in the cache.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _sample(call: Call, device: torch.device, turn: int, repeat: int) -> float:
 
 
 def peak_memory_mb(call: Call, device: torch.device) -> float | None:
-    """The most memory that a call holds on a CUDA device, in MB of 2^20 bytes; None on a CPU, which does not count it."""
+    """The most memory that a call holds on a CUDA device, in units of 2^20 bytes; None on a CPU, which counts none."""
     if device.type != "cuda":
         return None
     torch.cuda.synchronize(device)

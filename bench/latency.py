@@ -3,8 +3,8 @@
     python bench/latency.py --seq-len 200
     python bench/latency.py --seq-len 50 200 800 --batch 1 32 256 --plot latency.png --budget-seconds 600
 
-M2Rec, Mamba4Rec, SASRec and BERT4Rec, eager and compiled, on the device at hand. Every implementation is checked against
-its reference on the same inputs before it is timed; all of one shape are timed in turn, round after round.
+M2Rec, Mamba4Rec, SASRec and BERT4Rec, eager and compiled, on the device at hand. Every implementation is checked
+against its reference on the same inputs before it is timed; all of one shape are timed in turn, round after round.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ def amazon_items(path: PathLike) -> pl.DataFrame:
         rows.setdefault(
             item, (item, _text(record.get("title")), categories or None, _text(record.get("brand")), description)
         )
-    schema = {
+    schema: dict[str, Any] = {
         "item": pl.String, "title": pl.String, "categories": pl.List(pl.String), "brand": pl.String,
         "description": pl.String,
     }  # fmt: skip

@@ -106,7 +106,7 @@ def _foursquare(path: PathLike) -> pl.DataFrame:
 
 
 def foursquare(path: PathLike) -> pl.DataFrame:
-    """Foursquare TSMC2014 check-ins, latin-1, 8 columns between tabs; times such as `Tue Apr 03 18:00:09 +0000 2012`."""
+    """Foursquare TSMC2014 check-ins, latin-1, 8 columns between tabs; times like `Tue Apr 03 18:00:09 +0000 2012`."""
     frame = cast_column(_foursquare(path), "user", pl.Int64, path)
     # The offset is always +0000; without it the format is one that polars parses as a plain date and time.
     text = frame["time"].str.strip_chars().str.replace("+0000 ", "", literal=True)

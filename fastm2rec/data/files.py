@@ -1,4 +1,4 @@
-"""From a path to lines of text: plain, .gz and .zip files, in the format's own encoding, with line numbers for errors."""
+"""From a path to lines of text: plain, .gz and .zip files, in the format's own encoding, numbered for errors."""
 
 from __future__ import annotations
 

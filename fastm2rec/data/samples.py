@@ -174,7 +174,7 @@ class SequenceSamples:
 
 
 def training_part(dataset: SequenceDataset) -> Tensor:
-    """Where each user's training events end, [n_users]: two before the end, or at it for users too short to hold out."""
+    """Where each user's training events end, [n_users]: two before the end, or at it for users with too few events."""
     starts, ends = dataset.offsets[:-1], dataset.offsets[1:]
     return torch.where(ends - starts >= LEAST, ends - HELD_OUT, ends)
 

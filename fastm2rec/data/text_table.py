@@ -41,7 +41,7 @@ def load_text_table(path: PathLike) -> TextTable:
             ids beside it like that; .parquet with the columns `item_id` and `embedding` (a list of numbers).
 
     Raises:
-        DataError: an unknown ending, missing arrays, shapes that do not fit, repeated ids, or values that are not finite.
+        DataError: an unknown ending, missing arrays, shapes that do not fit, repeated ids, or values not finite.
     """
     path = Path(path)
     if path.suffix not in ENDINGS:

@@ -2,8 +2,8 @@
 
 Bit-identical resumption rests on three rules. Everything random at step s is drawn after reseeding with a function of
 (seed, s, rank), and the order of an epoch's samples is a function of (seed, epoch). What is written, and when, depends
-on the step, never on the clock. Counters, parameters and Adam's moments are all that carries over from step to step, and
-all of it is in a checkpoint.
+on the step, never on the clock. Counters, parameters and Adam's moments are all that carries over from step to step,
+and all of it is in a checkpoint.
 """
 
 from __future__ import annotations

@@ -14,7 +14,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import deterministic as torch_deterministic
+from torch.utils import deterministic as _deterministic
+
+# torch serves its attribute from a module class that type checkers do not see.
+_FILL = "fill_uninitialized_memory"
 
 
 class Runtime:
@@ -94,7 +97,7 @@ def settings(threads: int, deterministic: bool) -> Iterator[None]:
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
-    benchmark, fill = torch.backends.cudnn.benchmark, torch_deterministic.fill_uninitialized_memory
+    benchmark, fill = torch.backends.cudnn.benchmark, getattr(_deterministic, _FILL)
     try:
         if threads:
             torch.set_num_threads(threads)
@@ -103,10 +106,10 @@ def settings(threads: int, deterministic: bool) -> Iterator[None]:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
             torch.backends.cudnn.benchmark = False
-            torch_deterministic.fill_uninitialized_memory = False  # a debugging aid, and it takes time
+            setattr(_deterministic, _FILL, False)  # a debugging aid, and it takes time
         yield
     finally:
         torch.set_num_threads(before)
         torch.use_deterministic_algorithms(strict, warn_only=warn_only)
         torch.backends.cudnn.benchmark = benchmark
-        torch_deterministic.fill_uninitialized_memory = fill
+        setattr(_deterministic, _FILL, fill)
