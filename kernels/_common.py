@@ -1,0 +1,80 @@
+"""What the kernels share: nonlinearities that keep small values, the precision of dots, and where kernels can run.
+
+Arithmetic is float32, or float64 where an input is (Triton's interpreter only, for gradient checks); values are cast
+at `tl.dot` operands and at stores. Exponentials are powers of two: exp(x) = exp2(x log2 e), one special-function
+instruction each.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def exp(x):
+    """e^x."""
+    return tl.exp2(x * LOG2E)
+
+
+@triton.jit
+def sigmoid(x):
+    """1 / (1 + e^-x)."""
+    return 1.0 / (1.0 + exp(-x))
+
+
+@triton.jit
+def silu(x):
+    """x sigmoid(x)."""
+    return x / (1.0 + exp(-x))
+
+
+@triton.jit
+def silu_grad(x):
+    """d silu / dx = s (1 + x (1 - s)) with s = sigmoid(x)."""
+    s = sigmoid(x)
+    return s * (1.0 + x * (1.0 - s))
+
+
+@triton.jit
+def softplus(x):
+    """log(1 + e^x), accurate to the last digits also where e^x is small: mamba's log(1 + exp(x)) loses those."""
+    e = exp(-tl.abs(x))
+    # log1p(e) by its series where 1 + e would round e away.
+    series = e * (1.0 - e * (0.5 - e * (1.0 / 3.0 - e * 0.25)))
+    return tl.maximum(x, 0.0) + tl.where(e < 0.0078125, series, tl.log2(1.0 + e) * LN2)
+
+
+def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
+    """float64 if any tensor is, else float32: nothing is ever accumulated in half precision."""
+    doubles = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if doubles else torch.float32
+
+
+def triton_dtype(dtype: torch.dtype) -> tl.dtype:
+    """The same type in Triton's words, for constexpr arguments."""
+    return {
+        torch.float64: tl.float64,
+        torch.float32: tl.float32,
+        torch.bfloat16: tl.bfloat16,
+        torch.float16: tl.float16,
+    }[dtype]
+
+
+def dot_precision(dtype: torch.dtype) -> str:
+    """`input_precision` of dots whose operands are `dtype`: three TF32 products make up a float32 one."""
+    return {torch.float32: "tf32x3", torch.float64: "ieee"}.get(dtype, "tf32")
+
+
+@triton.jit
+def _probe():
+    pass
+
+
+def interpreting() -> bool:
+    """Were the kernels made under TRITON_INTERPRET=1? Asks the kernels, not the environment, which may have changed."""
+    return type(_probe).__name__ == "InterpretedFunction"
