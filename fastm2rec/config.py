@@ -49,8 +49,6 @@ def _expect_dropout(value: object) -> None:
 class _Config:
     """To and from plain dictionaries, shared by the dataclasses below."""
 
-    model_type: ClassVar[str]
-
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values."""
         return dataclasses.asdict(self)  # type: ignore[call-overload]

@@ -115,7 +115,26 @@ def save_tensors(path: PathLike, tensors: Mapping[str, Tensor], metadata: Mappin
 
     # A copy each: safetensors refuses views that share memory, and tied weights are a user's business, not a file's.
     flat = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    _atomic_write(path, lambda temporary: save_file(flat, temporary, dict(metadata) if metadata else None))
+
+    def write(temporary: Path) -> None:
+        save_file(flat, temporary, dict(metadata) if metadata else None)
+        _sort_metadata(temporary)
+
+    _atomic_write(path, write)
+
+
+def _sort_metadata(path: Path) -> None:
+    """Equal content makes equal bytes: safetensors leaves the strings of the header in random order."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        if "__metadata__" in header:
+            header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(text) != size:
+            raise ValueError(f"the header of a safetensors file has another form: {size} bytes, not {len(text)}")
+        file.seek(8)
+        file.write(text)
 
 
 def load_tensors(path: PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:

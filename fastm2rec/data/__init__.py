@@ -7,7 +7,7 @@ from .log import SequenceDataset, k_core, order
 from .readers import read_items, read_log
 from .samples import Batch, PrefixSamples, Sequences, SequenceSamples
 from .synthetic import Synthetic, synthetic
-from .text_table import AlignedText, TextTable, align, find_text_table, load_text_table
+from .text_table import AlignedText, TextTable, align, find_text_table, load_text_table, save_text_table
 
 __all__ = [
     "NAMES",
@@ -30,5 +30,6 @@ __all__ = [
     "order",
     "read_items",
     "read_log",
+    "save_text_table",
     "synthetic",
 ]

@@ -11,11 +11,12 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from ..storage import PathLike, StorageError, load_tensors, read_json
+from ..storage import PathLike, StorageError, load_tensors, read_json, save_tensors, write_json
 from ..vocab import ItemId, Vocabulary
 from .files import DataError, natural_ids, read_bytes
 
 ENDINGS = (".safetensors", ".npz", ".npy", ".parquet")
+IDS_ENDING = ".ids.json"
 
 
 class TextTable(NamedTuple):
@@ -67,6 +68,17 @@ def load_text_table(path: PathLike) -> TextTable:
     return TextTable(ids, torch.from_numpy(values.astype(np.float32)))
 
 
+def save_text_table(path: PathLike, text: TextTable) -> None:
+    """Write a table as .safetensors, with the ids as JSON beside it, for `load_text_table`.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    path = Path(path)
+    write_json(path.with_suffix(IDS_ENDING), text.items)
+    save_tensors(path, {"embeddings": text.embeddings})
+
+
 def _npz(path: Path) -> tuple[list[ItemId], np.ndarray]:
     with np.load(io.BytesIO(read_bytes(path)), allow_pickle=False) as arrays:
         return _as_ids(arrays["item_ids"]), arrays["embeddings"]
@@ -74,7 +86,7 @@ def _npz(path: Path) -> tuple[list[ItemId], np.ndarray]:
 
 def _npy(path: Path) -> tuple[list[ItemId], np.ndarray]:
     values = np.load(io.BytesIO(read_bytes(path)), allow_pickle=False)
-    return read_json(path.with_suffix(".ids.json")), values
+    return read_json(path.with_suffix(IDS_ENDING)), values
 
 
 def _safetensors(path: Path) -> tuple[list[ItemId], np.ndarray]:
@@ -82,7 +94,7 @@ def _safetensors(path: Path) -> tuple[list[ItemId], np.ndarray]:
     values = tensors["embeddings"].float().numpy()
     if "item_ids" in tensors:
         return tensors["item_ids"].tolist(), values
-    return read_json(path.with_suffix(".ids.json")), values
+    return read_json(path.with_suffix(IDS_ENDING)), values
 
 
 def _parquet(path: Path) -> tuple[list[ItemId], np.ndarray]:
