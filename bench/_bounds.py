@@ -24,6 +24,7 @@ import torch
 from fastm2rec.basis import n_columns
 from fastm2rec.config import M2RecConfig, SASRecConfig
 
+LEAST_TRIES, TRY_SECONDS = 12, 0.3
 DT_SPECIAL = 3  # softplus is an exponential and a logarithm, SiLU an exponential
 
 
@@ -76,9 +77,9 @@ def work(config: M2RecConfig | SASRecConfig, batch: int, seqlen: int, itemsize: 
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
-    """The device's rates, best of a few tries: what bounds must not be beaten by noise."""
+    """The device's rates, best of many tries: a bound must not be beaten because something else ran meanwhile."""
     cpu = device.type == "cpu"
-    x = torch.rand(1 << (14 if cpu else 26), device=device, dtype=torch.float32)
+    x = torch.rand(1 << (17 if cpu else 26), device=device, dtype=torch.float32)
     out = torch.empty_like(x)
     size = 768 if cpu else 8192
     a, b = (torch.rand(size, size, device=device, dtype=dtype) for _ in range(2))
@@ -93,8 +94,9 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
 
 def _best(call: object, device: torch.device) -> float:
     assert callable(call)
-    times = []
-    for _ in range(12):
+    times: list[float] = []
+    begun = time.perf_counter()
+    while len(times) < LEAST_TRIES or time.perf_counter() - begun < TRY_SECONDS:
         start = time.perf_counter()
         call()
         if device.type == "cuda":

@@ -93,6 +93,15 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: torch.optim.Optimiz
     return progress, origin
 
 
+def go_back(folder: Path) -> None:
+    """Make the previous checkpoint of `folder` the last one as well, so that a damaged one takes nobody's place.
+
+    Raises:
+        StorageError: it cannot be written.
+    """
+    _keep(folder / PREVIOUS, folder / LAST)
+
+
 def read_progress(path: Path) -> Progress:
     """The counters of a checkpoint alone.
 
@@ -141,8 +150,9 @@ def _keep(source: Path, destination: Path) -> None:
             shutil.copyfile(source, temporary)
         os.replace(temporary, destination)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise StorageError(f"cannot write {destination}: {error.strerror or error}") from error
+    finally:
+        temporary.unlink(missing_ok=True)  # still there also where both were names of one file already
 
 
 def _way_out(path: Path) -> str:

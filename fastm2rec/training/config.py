@@ -7,6 +7,7 @@ flags, defaults and help from them, and `config.yaml` in a run's folder is their
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -56,6 +57,9 @@ class DataConfig(_Config):
 
     def __post_init__(self) -> None:
         _expect_int(self, "user_min", "item_min", least=0)
+        _expect_type(self, "dataset", "text", kind=str)
+        if self.data is not None:
+            _expect_type(self, "data", kind=str)
 
 
 @dataclass(frozen=True)
@@ -115,13 +119,15 @@ class TrainConfig(_Config):
         for name in ("batch_size", "micro_batch", "prefixes_per_user"):
             if getattr(self, name) is not None:
                 _expect_int(self, name, least=1)
-        _expect(_is_number(self.lr) and self.lr > 0, "lr", "a positive number", self.lr)
+        _expect(_is_number(self.lr) and 0 < self.lr < math.inf, "lr", "a positive number", self.lr)
         for name in ("weight_decay", "clip"):
             value = getattr(self, name)
             _expect(_is_number(value) and value >= 0, name, "a number of at least 0", value)
         _expect_word(self, "loss", Loss)
         _expect_word(self, "positions", Positions)
         _expect_word(self, "amp", Amp)
+        _expect_type(self, "deterministic", "tensorboard", kind=bool)
+        _expect_type(self, "device", kind=str)
 
 
 @dataclass(frozen=True)
@@ -184,7 +190,7 @@ class RunConfig:
     model: ModelConfig | None = None
 
     def __post_init__(self) -> None:
-        _expect(self.model_name in MODELS, "model", f"one of {', '.join(MODELS)}", self.model_name)
+        _expect(self.model_name in list(MODELS), "model", f"one of {', '.join(MODELS)}", self.model_name)
         kind = MODELS[self.model_name]
         if self.model is None:
             object.__setattr__(self, "model", kind.config.from_dict(kind.fixed))
@@ -220,14 +226,14 @@ class RunConfig:
         """
         rest = dict(values)
         name = rest.pop("model", "m2rec")
-        _expect(name in MODELS, "model", f"one of {', '.join(MODELS)}", name)
+        _expect(name in list(MODELS), "model", f"one of {', '.join(MODELS)}", name)
         kind = MODELS[name]
         parts = [
             {option: rest.pop(option) for option in options if option in rest}
             for options in (_names(DataConfig), _names(TrainConfig), kind.options)
         ]
         if rest:
-            raise ValueError(f"{', '.join(sorted(rest))}: no option of a run with model={name}")
+            raise ValueError(f"{', '.join(sorted(map(str, rest)))}: no option of a run with model={name}")
         model = kind.config.from_dict({**parts[2], **kind.fixed})
         return cls(name, DataConfig.from_dict(parts[0]), TrainConfig.from_dict(parts[1]), model)
 
@@ -264,6 +270,12 @@ class RunConfig:
         ours, theirs = self.to_dict(), other.to_dict()
         names = (ours.keys() | theirs.keys()) - CHANGEABLE
         return sorted(name for name in names if ours.get(name) != theirs.get(name))
+
+
+def _expect_type(config: object, *names: str, kind: type) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _expect(isinstance(value, kind), name, f"a {kind.__name__}", value)
 
 
 def _names(config: type[_Config]) -> list[str]:

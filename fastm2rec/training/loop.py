@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .._version import __version__
 from ..storage import PathLike
-from .checkpoint import Progress, load_checkpoint, save_checkpoint
+from .checkpoint import Progress, go_back, load_checkpoint, save_checkpoint
 from .config import RunConfig
 from .evaluate import evaluate
 from .inputs import Inputs, load_inputs, make_model, reads_text
@@ -89,11 +89,11 @@ def train(
         question = make_question(config, model, inputs.dataset)
         runtime = Runtime(config.train.device)
         folder = RunFolder(out)
-        if runtime.is_main:
-            folder.prepare(config, resume)
         try:
             if runtime.is_main:
+                folder.prepare(config, resume)
                 folder.check_data(inputs.describe(), _machine(runtime))
+                folder.record(config)
             runtime.wait()
             return _Training(config, folder, inputs, runtime, Objective(model, question, config), report).run(resume)
         finally:
@@ -135,6 +135,8 @@ class _Training:
             self._restore(path)
         self.runtime.wait()  # nobody writes while another still reads
         if self.runtime.is_main:
+            if path is not None and path.name == PREVIOUS:
+                go_back(self.folder.path)
             self.folder.cut_metrics(self.progress.lines)
         progress = self.progress
         with Monitor(self.folder, self.config, self.runtime, progress.step) as self.monitor:
@@ -285,8 +287,6 @@ class _Training:
                     stacklevel=2,
                 )
         self.report(f"resuming after step {self.progress.step}, epoch {self.progress.epoch} ({path.name})")
-        if path.name == PREVIOUS:
-            self.report(f"{self.folder.path}: the damaged checkpoint is replaced at the next one")
 
     def _origin(self) -> dict[str, Any]:
         """What the last digits of a result depend on."""

@@ -51,7 +51,7 @@ class RunFolder:
         return self.path / BEST
 
     def prepare(self, config: RunConfig, resume: Resume | None) -> None:
-        """Claim the folder for this run, and write its `config.yaml`.
+        """Claim the folder for this run.
 
         Args:
             config: the run.
@@ -81,7 +81,8 @@ class RunFolder:
         self._claim()
         for leftover in (*self.path.glob(".*.partial"), *self.best.glob(".*.partial")):
             leftover.unlink()  # of a process that was killed while it wrote
-        atomic_write_text(written, config.to_yaml())
+        if not written.exists():
+            (self.path / MANIFEST).unlink(missing_ok=True)  # of one that was killed before `record`
 
     def _claim(self) -> None:
         """Keep other processes out until this one ends, however it ends."""
@@ -100,6 +101,14 @@ class RunFolder:
             raise RunError(f"{self.path}: another process is training in this folder") from None
         except OSError:  # a file system without locks
             return
+
+    def record(self, config: RunConfig) -> None:
+        """Write `config.yaml`: from now on the folder holds this run.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        atomic_write_text(self.path / CONFIG, config.to_yaml())
 
     def release(self) -> None:
         """Let other processes in."""
@@ -180,22 +189,26 @@ class RunFolder:
             StorageError: it has fewer.
         """
         path = self.path / METRICS
-        kept = path.read_bytes().split(b"\n")[:-1] if path.exists() else []  # the last piece is empty, or half a line
+        kept = _whole_lines(path) if path.exists() else []
         if len(kept) < lines:
             raise StorageError(f"{path}: expected at least {lines} lines, as its checkpoint says, got {len(kept)}")
         atomic_write_bytes(path, b"".join(line + b"\n" for line in kept[:lines]))
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The lines of `metrics.jsonl`.
+        """The lines of `metrics.jsonl`, also of a run that goes on or was killed.
 
         Raises:
             StorageError: it cannot be read.
         """
         path = self.path / METRICS
         try:
-            return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            return [json.loads(line) for line in _whole_lines(path)]
         except (OSError, ValueError) as error:
             raise StorageError(f"cannot read {path}: {error}") from error
+
+
+def _whole_lines(path: Path) -> list[bytes]:
+    return path.read_bytes().split(b"\n")[:-1]  # the last piece is empty, or half a line
 
 
 def compare_data(folder: RunFolder, facts: dict[str, Any]) -> None:
