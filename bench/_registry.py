@@ -76,7 +76,7 @@ class Case:
 
 
 def cases(names: tuple[str, ...], seqlen: int, sizes: Sizes) -> list[Case]:
-    """Every row for these models at one sequence length: the eager ones, then what is compiled, peers before variants."""
+    """Every row for these models at one sequence length: the eager ones, then what is compiled."""
     rows: list[Case] = []
     for name in names:
         rows += (

@@ -168,7 +168,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _results.write_json(path, _results.document(device, rows))
     print(f"rows: {path}")
     if options.plot:
-        title = f"{name}, torch {torch.__version__}, {options.n_items:,} items, {', '.join(options.dtype)}"
+        title = (
+            f"ids in, top {options.topk} of {options.n_items:,} items out; {', '.join(options.dtype)}; "
+            f"{name}, torch {torch.__version__}"
+        )
         _plot.latency(Path(options.plot), rows, title)
         print(f"figure: {options.plot}")
 
