@@ -6,6 +6,8 @@ An implementation asked for by name runs or raises; `"auto"` takes the best one 
 
 from __future__ import annotations
 
+import importlib.util
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -36,21 +38,76 @@ def _reference() -> dict[str, Callable[..., Any]]:
     }
 
 
+def _triton() -> dict[str, Callable[..., Any]]:
+    from .kernels.causal_conv1d import causal_conv1d
+    from .kernels.gated_fusion import gated_fusion
+    from .kernels.last_state import last_state
+    from .kernels.selective_scan import selective_scan
+    from .kernels.spectral_projection import spectral_projection
+
+    return {
+        "causal_conv1d": causal_conv1d,
+        "gated_fusion": gated_fusion,
+        "last_state": last_state,
+        "selective_scan": selective_scan,
+        "spectral_projection": spectral_projection,
+    }
+
+
+def _mamba_ssm() -> dict[str, Callable[..., Any]]:
+    from ._mamba_ssm import causal_conv1d, last_state, selective_scan
+
+    return {
+        **_triton(),  # the ops around the scan
+        "causal_conv1d": causal_conv1d,
+        "last_state": last_state,
+        "selective_scan": selective_scan,
+    }
+
+
+@torch.compiler.assume_constant_result
+def _triton_lacks(device: str) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'fastm2rec[triton]')"
+    if torch.device(device).type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return None if major >= 8 else f"needs compute capability 8.0 or newer, and {device} has {major}.{minor}"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return None  # Triton's interpreter: for tests, and very slow
+    return "Triton's kernels run on CUDA devices (elsewhere only in its interpreter, for tests: TRITON_INTERPRET=1)"
+
+
+@torch.compiler.assume_constant_result
+def _mamba_ssm_lacks(device: str) -> str | None:
+    from ._mamba_ssm import missing
+
+    if torch.device(device).type != "cuda":
+        return "mamba-ssm's scan runs on CUDA devices only"
+    return missing() or _triton_lacks(device)
+
+
 @dataclass(frozen=True)
 class _Implementation:
-    """One way to compute the ops."""
+    """One way to compute the ops.
+
+    Args:
+        load: the functions by op; imports what it needs.
+        why_not: for a device's name, None where the implementation can run on it, else the reason why it cannot.
+        automatic: the kinds of device on which "auto" may take it.
+    """
 
     load: Callable[[], dict[str, Callable[..., Any]]]
-    ops: frozenset[str]
-    # None where it can run on the device, else the reason why it cannot.
-    why_not: Callable[[torch.device], str | None]
+    why_not: Callable[[str], str | None]
+    automatic: frozenset[str]
 
 
 _OPS = frozenset({"spectral_projection", "causal_conv1d", "selective_scan", "last_state", "gated_fusion"})
 
 # In the order in which "auto" tries them.
 _IMPLEMENTATIONS: dict[str, _Implementation] = {
-    "reference": _Implementation(_reference, _OPS, lambda device: None),
+    "triton": _Implementation(_triton, _triton_lacks, frozenset({"cuda"})),
+    "mamba_ssm": _Implementation(_mamba_ssm, _mamba_ssm_lacks, frozenset()),  # slower, and not deterministic
+    "reference": _Implementation(_reference, lambda device: None, frozenset({"cpu", "cuda"})),
 }
 
 
@@ -71,10 +128,7 @@ def unavailable(op: str, impl: str, device: torch.device | str) -> str | None:
         return None
     if impl not in _IMPLEMENTATIONS:
         return f"there is no implementation {impl!r} in this version; there are {', '.join(names())}"
-    entry = _IMPLEMENTATIONS[impl]
-    if op not in entry.ops:
-        return f"implementation {impl!r} has no {op}"
-    return entry.why_not(torch.device(device))
+    return _IMPLEMENTATIONS[impl].why_not(str(device))
 
 
 def chosen(op: str, impl: str, device: torch.device | str) -> str:
@@ -84,9 +138,11 @@ def chosen(op: str, impl: str, device: torch.device | str) -> str:
         ImplementationError: `impl` was asked for by name and cannot run; the message says why.
     """
     if impl == AUTO:
-        for name in _IMPLEMENTATIONS:  # the reference runs everywhere, so one is always found
-            if unavailable(op, name, device) is None:
+        kind = torch.device(device).type
+        for name, entry in _IMPLEMENTATIONS.items():
+            if kind in entry.automatic and unavailable(op, name, device) is None:
                 return name
+        return "reference"
     reason = unavailable(op, impl, device)
     if reason is not None:
         raise ImplementationError(f"impl={impl!r} was asked for {op} on {torch.device(device)}: {reason}")

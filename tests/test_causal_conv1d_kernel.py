@@ -1,0 +1,107 @@
+"""The convolution kernel against the reference: values, every gradient, and what a custom op must do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests._bounds import assert_as_good, cast, gradients
+
+pytest.importorskip("triton")
+
+from fastm2rec.kernels.causal_conv1d import _backward_op, _forward_op, causal_conv1d
+from fastm2rec.reference.causal_conv1d import causal_conv1d as reference
+
+NAMES = ("y", "dx", "dweight", "dbias")
+
+
+def _inputs(batch: int, seqlen: int, dim: int, width: int, device: torch.device, bias: bool = True) -> list[Any]:
+    x = torch.randn(batch, seqlen, dim, device=device).transpose(1, 2)  # channels side by side, as in the model
+    return [x, torch.randn(dim, width, device=device), torch.randn(dim, device=device) if bias else None]
+
+
+@pytest.mark.usefixtures("nan_filled")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize(
+    ("batch", "seqlen", "dim", "width", "bias"),
+    [(2, 50, 128, 4, True), (1, 1, 5, 4, True), (3, 7, 66, 3, False), (1, 63, 16, 2, True), (2, 201, 70, 4, True)],
+)
+def test_values_and_gradients(
+    batch: int, seqlen: int, dim: int, width: int, bias: bool, activation: Any, dtype: torch.dtype, device: torch.device
+) -> None:
+    inputs = cast(_inputs(batch, seqlen, dim, width, device, bias), dtype)
+    dy = torch.randn(batch, dim, seqlen, device=device, dtype=dtype)
+    got = gradients(lambda *args: causal_conv1d(*args, activation), inputs, dy)
+    plain = gradients(lambda *args: reference(*args, activation), inputs, dy)
+    exact = gradients(lambda *args: reference(*args, activation), cast(inputs, torch.float64), dy)
+    for name, *values in zip(NAMES, got, plain, exact, strict=False):
+        assert_as_good(*values, name=name)
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+def test_gradcheck(activation: Any, device: torch.device) -> None:
+    if device.type == "cuda":
+        pytest.skip("float64 runs in the interpreter only")
+    x, weight, bias = (tensor.double().requires_grad_() for tensor in _inputs(1, 4, 2, 3, device))
+    assert torch.autograd.gradcheck(lambda *args: causal_conv1d(*args, activation), (x, weight, bias))
+
+
+def test_any_strides_and_rows_that_do_not_depend_on_their_batch(device: torch.device) -> None:
+    x, weight, bias = _inputs(3, 40, 20, 4, device)
+    expected = causal_conv1d(x, weight, bias, "silu")
+    assert torch.equal(causal_conv1d(x.contiguous(), weight, bias, "silu"), expected)
+    every_second = torch.randn(6, 40, 80, device=device)
+    every_second[::2, :, ::4] = x.transpose(1, 2)
+    view = every_second[::2, :, ::4].transpose(1, 2)
+    assert torch.equal(causal_conv1d(view, weight.t().contiguous().t(), bias, "silu"), expected)
+    for row in range(3):
+        assert torch.equal(causal_conv1d(x[row : row + 1], weight, bias, "silu")[0], expected[row])
+
+
+def test_two_runs_are_bit_equal(device: torch.device) -> None:
+    inputs = _inputs(3, 70, 33, 4, device)
+    dy = torch.randn(3, 33, 70, device=device)
+    first, second = (gradients(lambda *args: causal_conv1d(*args, "silu"), inputs, dy) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_opcheck(device: torch.device) -> None:
+    x, weight, bias = (tensor.requires_grad_() for tensor in _inputs(2, 9, 6, 4, device))
+    torch.library.opcheck(_forward_op, (x, weight, bias, True))
+    torch.library.opcheck(_forward_op, (x, weight, None, False))
+    plain = [tensor.detach() for tensor in (x, weight, bias)]
+    torch.library.opcheck(_backward_op, (torch.randn(2, 9, 6, device=device).transpose(1, 2), *plain, True))
+
+
+def test_compile_and_export(device: torch.device) -> None:
+    inputs = _inputs(2, 9, 6, 4, device)
+    dy = torch.randn(2, 6, 9, device=device)
+    compiled = torch.compile(lambda *args: causal_conv1d(*args, "silu"), fullgraph=True, backend="aot_eager")
+    for a, b in zip(
+        gradients(compiled, inputs, dy), gradients(lambda *args: causal_conv1d(*args, "silu"), inputs, dy), strict=True
+    ):
+        assert torch.equal(a, b)
+
+    class Module(torch.nn.Module):
+        def forward(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            return causal_conv1d(x, weight, bias, "silu")
+
+    program = torch.export.export(Module(), tuple(inputs), strict=False)
+    assert torch.equal(program.module()(*inputs), causal_conv1d(*inputs, "silu"))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("batch", "seqlen", "dim"), [(64, 1024, 128), (2049, 1024, 1025)])
+def test_large_on_a_gpu(batch: int, seqlen: int, dim: int, device: torch.device) -> None:
+    """The second size has more than 2^31 elements: offsets must not be 32-bit numbers."""
+    x = torch.randn(batch, seqlen, dim, device=device, dtype=torch.bfloat16).transpose(1, 2)
+    weight, bias = torch.randn(dim, 4, device=device), torch.randn(dim, device=device)
+    y = causal_conv1d(x, weight, bias, "silu")
+    for row in (0, batch - 1):
+        one = x[row : row + 1]
+        exact = reference(one.double(), weight.double(), bias.double(), "silu")
+        assert_as_good(y[row : row + 1], reference(one, weight, bias, "silu"), exact)
