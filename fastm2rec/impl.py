@@ -27,7 +27,7 @@ def _reference() -> dict[str, Callable[..., Any]]:
     from .reference.gated_fusion import gated_fusion
     from .reference.last_state import last_state
     from .reference.selective_scan import selective_scan
-    from .reference.spectral_projection import spectral_projection
+    from .reference.spectral_projection import spectral_projection, spectral_projection_fft
 
     return {
         "causal_conv1d": causal_conv1d,
@@ -35,6 +35,7 @@ def _reference() -> dict[str, Callable[..., Any]]:
         "last_state": last_state,
         "selective_scan": selective_scan,
         "spectral_projection": spectral_projection,
+        "spectral_projection_fft": spectral_projection_fft,
     }
 
 
@@ -43,6 +44,7 @@ def _triton() -> dict[str, Callable[..., Any]]:
     from .kernels.gated_fusion import gated_fusion
     from .kernels.last_state import last_state
     from .kernels.selective_scan import selective_scan
+    from .kernels.spectral_fft import spectral_projection_fft
     from .kernels.spectral_projection import spectral_projection
 
     return {
@@ -51,6 +53,7 @@ def _triton() -> dict[str, Callable[..., Any]]:
         "last_state": last_state,
         "selective_scan": selective_scan,
         "spectral_projection": spectral_projection,
+        "spectral_projection_fft": spectral_projection_fft,
     }
 
 
@@ -101,7 +104,12 @@ class _Implementation:
     automatic: frozenset[str]
 
 
-_OPS = frozenset({"spectral_projection", "causal_conv1d", "selective_scan", "last_state", "gated_fusion"})
+_OPS = frozenset(
+    {
+        "causal_conv1d", "gated_fusion", "last_state", "selective_scan", "spectral_projection",
+        "spectral_projection_fft",
+    }
+)  # fmt: skip
 
 # In the order in which "auto" tries them.
 _IMPLEMENTATIONS: dict[str, _Implementation] = {

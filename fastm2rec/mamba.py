@@ -6,16 +6,13 @@ Parameters, their names, shapes and start values are those of `fastm2rec.referen
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
 from .reference.mamba import Mamba as ReferenceMamba
-
-Filter = Callable[[Tensor, Tensor], Tensor]
+from .spectral import SpectralFilter, take
 
 
 class Mamba(ReferenceMamba):
@@ -33,11 +30,26 @@ class Mamba(ReferenceMamba):
     """
 
     def forward(  # type: ignore[override]
-        self, x: Tensor, lengths: Tensor, filter: Filter | None = None, impl: str = "auto"
+        self,
+        x: Tensor,
+        lengths: Tensor,
+        filter: SpectralFilter | None = None,
+        inner: bool = True,
+        impl: str = "auto",
     ) -> Tensor:
-        """All positions: x [B, L, D], right-padded rows of `lengths` [B], to [B, L, D]."""
-        u, z = self.in_proj(x).chunk(2, dim=-1)
-        u = self._convolved(u, lengths, filter, impl)
+        """All positions: x [B, L, D], right-padded rows of `lengths` [B], to [B, L, D].
+
+        Args:
+            x: [B, L, D].
+            lengths: [B] int64, 1 to L.
+            filter: the low-pass filter, or None.
+            inner: the filter is applied between convolution and SiLU, and z is not filtered; else it is applied to x.
+            impl: which implementation of the ops.
+        """
+        if filter is not None and not inner:  # z needs the filtered sequence at every position, too
+            x, filter = filter(x, lengths, impl), None
+        u = self._convolved(x, lengths, filter, inner, impl).transpose(1, 2)
+        z = F.linear(x, *self._half(1))
         delta, B, C = self.x_proj(u.transpose(1, 2)).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         y = ops.selective_scan(
             u,
@@ -58,24 +70,26 @@ class Mamba(ReferenceMamba):
         return self.out_proj(y)
 
     def last(
-        self, x: Tensor, lengths: Tensor, filter: Filter | None = None, stride: int = 1, impl: str = "auto"
+        self,
+        x: Tensor,
+        lengths: Tensor,
+        filter: SpectralFilter | None = None,
+        inner: bool = True,
+        stride: int = 1,
+        impl: str = "auto",
     ) -> Tensor:
-        """The last real position only: x [B, L, D] to [B, D].
+        """The last real position only: x [B, L, D] to [B, D]; arguments as of `forward`.
 
         z, C, D u and the output projection are computed there alone, and the scan in closed form.
 
         Args:
-            x: [B, L, D], right-padded.
-            lengths: [B] int64, 1 to L.
-            filter: applied to the convolution's output [B, L, E] before SiLU.
             stride: scan every stride-th position, counted back from the last real one.
-            impl: which implementation of the ops.
         """
-        inner = self.d_inner
-        weight, bias = self.in_proj.weight, self.in_proj.bias
-        u = F.linear(x, weight[:inner], None if bias is None else bias[:inner])
-        z = F.linear(take(x, lengths - 1), weight[inner:], None if bias is None else bias[inner:])
-        u = self._convolved(u, lengths, filter, impl).transpose(1, 2)
+        filtered = filter is not None and not inner
+        z = F.linear(
+            filter.last(x, lengths) if filter is not None and filtered else take(x, lengths - 1), *self._half(1)
+        )
+        u = self._convolved(x, lengths, filter, inner, impl)
         u, lengths = subsample(u, lengths, stride)
         states = self.dt_rank + self.d_state
         delta, B = F.linear(u, self.x_proj.weight[:states]).split([self.dt_rank, self.d_state], dim=-1)
@@ -96,6 +110,12 @@ class Mamba(ReferenceMamba):
             y = self.norm(y) * F.silu(z)
         return self.out_proj(y)
 
+    def _half(self, which: int) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the part of in_proj that makes u (0) or z (1)."""
+        rows = slice(which * self.d_inner, (which + 1) * self.d_inner)
+        bias = self.in_proj.bias
+        return self.in_proj.weight[rows], None if bias is None else bias[rows]
+
     def _state_matrix(self) -> Tensor:
         """The state matrix (dim, dstate), negative, float32 at least."""
         return -torch.exp(self.A_log.to(torch.promote_types(self.A_log.dtype, torch.float32)))
@@ -104,19 +124,13 @@ class Mamba(ReferenceMamba):
         """Step sizes before bias and softplus, [B, L, dt_rank] to (B, dim, L)."""
         return F.linear(low_rank, self.dt_proj.weight).transpose(1, 2)
 
-    def _convolved(self, u: Tensor, lengths: Tensor, filter: Filter | None, impl: str) -> Tensor:
-        """silu(filter(conv(u))): [B, L, E] to (B, E, L)."""
+    def _convolved(self, x: Tensor, lengths: Tensor, filter: SpectralFilter | None, inner: bool, impl: str) -> Tensor:
+        """u after SiLU, from the block's input: x [B, L, D] to [B, L, E]."""
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
-        if filter is None:
-            return ops.causal_conv1d(u.transpose(1, 2), weight, bias, "silu", impl=impl)
-        convolved = ops.causal_conv1d(u.transpose(1, 2), weight, bias, impl=impl)
-        return F.silu(filter(convolved.transpose(1, 2), lengths)).transpose(1, 2)
-
-
-def take(x: Tensor, positions: Tensor) -> Tensor:
-    """Row b's position `positions[b]`: x [B, L, C], positions [B] int64, to [B, C]."""
-    index = positions.view(-1, 1, 1).expand(-1, 1, x.shape[2])
-    return x.gather(1, index).squeeze(1)
+        if filter is not None:
+            return filter.project(x, lengths, *self._half(0), weight, bias, conv_first=inner, impl=impl)
+        u = F.linear(x, *self._half(0)).transpose(1, 2)
+        return ops.causal_conv1d(u, weight, bias, "silu", impl=impl).transpose(1, 2)
 
 
 def subsample(x: Tensor, lengths: Tensor, stride: int) -> tuple[Tensor, Tensor]:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from . import ops
 from .base import SequentialRecommender, check_lengths
 from .config import M2RecConfig
-from .mamba import Mamba, take
+from .mamba import Mamba
 from .reference.gated_fusion import scale_text
-from .spectral import SpectralFilter
+from .spectral import SpectralFilter, take
 
 LAYER_NORM_EPS = 1e-12
 INIT_STD = 0.02
@@ -63,13 +63,13 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, lengths: Tensor, *, last: bool, stride: int, impl: str) -> Tensor:
         """x [B, L, D], zero at padding, to [B, L, D], or with `last` to [B, D]."""
-        mixed = self.filter(x, lengths, impl) if self.placement == "input" else x
-        inner = self.filter if self.placement == "inner" else None
+        filter = None if self.placement == "none" else self.filter
+        inner = self.placement == "inner"
         if last:
-            y = self.mamba.last(mixed, lengths, inner, stride, impl)
+            y = self.mamba.last(x, lengths, filter, inner, stride, impl)
             x = take(x, lengths - 1)
         else:
-            y = self.mamba(mixed, lengths, inner, impl)
+            y = self.mamba(x, lengths, filter, inner, impl)
         y = self.dropout(y)
         return self.ffn(self.norm(y + x if self.residual else y))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
@@ -38,10 +39,57 @@ class SpectralFilter(nn.Module):
         """The cutoff in cycles per sample: a number, or a 0-dim tensor where it is learned."""
         return self._theta if self.mask == "hard" else 0.5 * torch.sigmoid(self.theta_logit)
 
+    @property
+    def is_identity(self) -> bool:
+        """Does it keep every frequency?"""
+        return self.mask == "hard" and self._theta >= 0.5
+
     def forward(self, x: Tensor, lengths: Tensor, impl: str = "auto") -> Tensor:
         """Filter x [B, L, C] along L; `lengths` [B] int64 matter to the valid spectrum only. Returns [B, L, C]."""
-        if self.mask == "hard" and self._theta >= 0.5:
+        if self.is_identity:
             return x
+        if self._by_transform(x.shape[1]):
+            return ops.spectral_projection_fft(x, self._bin_gain(x), impl=impl)
+        return ops.spectral_projection(x, *self._columns(x, lengths), impl=impl)
+
+    def project(
+        self,
+        x: Tensor,
+        lengths: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        conv_weight: Tensor,
+        conv_bias: Tensor | None,
+        conv_first: bool,
+        impl: str = "auto",
+    ) -> Tensor:
+        """`silu(conv(filter(x) W^T + b))`, or with `conv_first` `silu(filter(conv(x W^T + b)))`: one op, not four.
+
+        x [B, L, C], lengths [B], weight [E, C], bias [E], conv_weight [E, width], conv_bias [E], to [B, L, E].
+        """
+        if self.is_identity or self._by_transform(x.shape[1]):
+            u = F.linear(x if conv_first else self(x, lengths, impl), weight, bias).transpose(1, 2)
+            if self.is_identity or not conv_first:
+                return ops.causal_conv1d(u, conv_weight, conv_bias, "silu", impl=impl).transpose(1, 2)
+            convolved = ops.causal_conv1d(u, conv_weight, conv_bias, impl=impl)
+            return F.silu(self(convolved.transpose(1, 2), lengths, impl))
+        basis, gain = self._columns(x, lengths)
+        return ops.spectral_projection(
+            x, basis, gain, weight, bias,
+            conv_weight=conv_weight, conv_bias=conv_bias, conv_first=conv_first, activation="silu", impl=impl,
+        )  # fmt: skip
+
+    def last(self, x: Tensor, lengths: Tensor) -> Tensor:
+        """`forward` at the last real position alone: x [B, L, C] and lengths [B] to [B, C]."""
+        if self.is_identity:
+            return take(x, lengths - 1)
+        basis, gain = self._columns(x, lengths)
+        basis = basis.expand(len(x), -1, -1)
+        row = (take(basis, lengths - 1) * gain).unsqueeze(1)  # [B, 1, R]
+        return (row @ basis.mT @ x.to(basis.dtype)).squeeze(1).to(x.dtype)
+
+    def _columns(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """The basis, [L, R] or one of each row [B, L, R], and the gain of its columns, [R] or [B, R]."""
         seqlen = x.shape[1]
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         columns = n_columns(seqlen, self._theta if self.mask == "hard" else None, self.kind)
@@ -49,6 +97,21 @@ class SpectralFilter(nn.Module):
             lengths = torch.full((1,), seqlen, dtype=torch.int64, device=x.device)
         basis = row_basis(lengths, seqlen, columns, self.kind, dtype)
         gain = mask_gain(column_frequencies(lengths, columns, self.kind, dtype), self.theta, self.mask, self.tau)
-        if self.spectrum == "padded":
-            basis, gain = basis[0], gain[0]
-        return ops.spectral_projection(x, basis, gain, impl=impl)
+        return (basis[0], gain[0]) if self.spectrum == "padded" else (basis, gain)
+
+    def _by_transform(self, seqlen: int) -> bool:
+        """Is the sequence so long that fast transforms beat matrix products?"""
+        columns = n_columns(seqlen, self._theta if self.mask == "hard" else None, self.kind)
+        return self.kind == "fourier" and self.spectrum == "padded" and columns >= ops.FFT_COLUMNS
+
+    def _bin_gain(self, x: Tensor) -> Tensor:
+        """The gain of each rfft bin, [L // 2 + 1]."""
+        dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        bins = torch.arange(x.shape[1] // 2 + 1, device=x.device, dtype=dtype) / x.shape[1]
+        return mask_gain(bins, self.theta, self.mask, self.tau)
+
+
+def take(x: Tensor, positions: Tensor) -> Tensor:
+    """Row b's position `positions[b]`: x [B, L, C], positions [B] int64, to [B, C]."""
+    index = positions.view(-1, 1, 1).expand(-1, 1, x.shape[2])
+    return x.gather(1, index).squeeze(1)
