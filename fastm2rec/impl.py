@@ -68,11 +68,15 @@ def _mamba_ssm() -> dict[str, Callable[..., Any]]:
     }
 
 
-@torch.compiler.assume_constant_result
+_HAS_TRITON = importlib.util.find_spec("triton") is not None  # here, as torch.compile could not trace the search
+
+
 def _triton_lacks(device: str) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+    if not _HAS_TRITON:
         return "triton is not installed (pip install 'fastm2rec[triton]')"
     if torch.device(device).type == "cuda":
+        if torch.compiler.is_compiling():
+            return None  # an older device is refused by Triton's compiler
         major, minor = torch.cuda.get_device_capability(device)
         return None if major >= 8 else f"needs compute capability 8.0 or newer, and {device} has {major}.{minor}"
     if os.environ.get("TRITON_INTERPRET") == "1":
@@ -80,13 +84,12 @@ def _triton_lacks(device: str) -> str | None:
     return "Triton's kernels run on CUDA devices (elsewhere only in its interpreter, for tests: TRITON_INTERPRET=1)"
 
 
-@torch.compiler.assume_constant_result
 def _mamba_ssm_lacks(device: str) -> str | None:
     from ._mamba_ssm import missing
 
     if torch.device(device).type != "cuda":
         return "mamba-ssm's scan runs on CUDA devices only"
-    return missing() or _triton_lacks(device)
+    return (None if torch.compiler.is_compiling() else missing()) or _triton_lacks(device)
 
 
 @dataclass(frozen=True)
