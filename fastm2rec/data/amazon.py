@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import html
 import json
-from typing import Any
+from typing import Any, TypeGuard
 
 import polars as pl
 
@@ -17,26 +17,53 @@ from .files import DataError, read_lines
 def amazon_reviews(path: PathLike) -> pl.DataFrame:
     """Raw reviews: `reviewerID`, `asin`, `unixReviewTime` and, where given, `overall`."""
     lines = read_lines(path)
-    wanted = {"reviewerID": pl.String, "asin": pl.String, "unixReviewTime": pl.Int64, "overall": pl.Float64}
-    try:
-        frame = lines["line"].str.json_decode(pl.Struct(wanted)).struct.unnest()
-    except pl.exceptions.PolarsError:
-        frame = None
-    if frame is None or frame.select("reviewerID", "asin", "unixReviewTime").null_count().sum_horizontal().item():
+    frame = _decoded(lines)
+    if frame is None:
         # Not all of it is plain JSON of these types: read line by line, which also finds the line to complain about.
         records = [_review(number, _parse(number, line, path), path) for number, line in lines.iter_rows()]
-        frame = pl.DataFrame(records, schema=wanted, orient="row")
+        frame = pl.DataFrame(records, schema=_REVIEW, orient="row")
     return log_frame(frame["reviewerID"], frame["asin"], frame["unixReviewTime"], frame["overall"])
 
 
+_REVIEW = {"reviewerID": pl.String, "asin": pl.String, "unixReviewTime": pl.Int64, "overall": pl.Float64}
+
+
+def _decoded(lines: pl.DataFrame) -> pl.DataFrame | None:
+    """The fields of JSON lines, read by polars; None where `_review` must have a look.
+
+    polars turns a wrong type into the wanted one where it can, so times are read as floating point, which keeps the
+    fraction that gives a wrong one away, and ids as they stand.
+    """
+    loose = pl.Struct(_REVIEW | {"unixReviewTime": pl.Float64})
+    try:
+        frame = lines["line"].str.json_decode(loose).struct.unnest()
+    except pl.exceptions.PolarsError:
+        return None
+    time = frame["unixReviewTime"]
+    odd_id = pl.any_horizontal(pl.col("reviewerID", "asin").str.contains(r"^$|\x00"))  # \0: half a surrogate pair
+    fits = (
+        not frame.select("reviewerID", "asin", "unixReviewTime").null_count().sum_horizontal().item()
+        and bool((time == time.floor()).all() and (time.abs() < 2**53).all())
+        and not frame.select(odd_id.any()).item()
+    )
+    return frame.with_columns(time.cast(pl.Int64)) if fits else None
+
+
 def _review(number: int, record: dict[str, Any], path: PathLike) -> tuple[str, str, int, float | None]:
-    for name, kind in (("reviewerID", str), ("asin", str), ("unixReviewTime", int)):
-        if not isinstance(record.get(name), kind) or isinstance(record.get(name), bool):
-            raise DataError(f"{path}, line {number}: expected {name} ({kind.__name__}), got {record.get(name)!r}")
-    overall = record.get("overall")
-    if not isinstance(overall, int | float | None):
+    for name in ("reviewerID", "asin"):
+        if not _is_id(record.get(name)):
+            raise DataError(f"{path}, line {number}: expected {name} (str), got {record.get(name)!r}")
+    time, overall = record.get("unixReviewTime"), record.get("overall")
+    if not isinstance(time, int) or isinstance(time, bool) or abs(time) >= 2**63:
+        raise DataError(f"{path}, line {number}: expected unixReviewTime (int), got {time!r}")
+    if not isinstance(overall, int | float | None) or (overall is not None and not abs(overall) < 2**63):
         raise DataError(f"{path}, line {number}: expected overall (a number), got {overall!r}")
-    return record["reviewerID"], record["asin"], record["unixReviewTime"], overall
+    return record["reviewerID"], record["asin"], time, overall
+
+
+def _is_id(value: object) -> TypeGuard[str]:
+    """A text that is not empty and holds no half of a surrogate pair, which no file could be written with."""
+    return isinstance(value, str) and value != "" and not any("\ud800" <= letter <= "\udfff" for letter in value)
 
 
 def amazon_items(path: PathLike) -> pl.DataFrame:
@@ -48,7 +75,7 @@ def amazon_items(path: PathLike) -> pl.DataFrame:
     for number, line in read_lines(path).iter_rows():
         record = _parse(number, line, path)
         item = record.get("asin")
-        if not isinstance(item, str):
+        if not _is_id(item):
             raise DataError(f"{path}, line {number}: expected asin (str), got {item!r}")
         categories = _flat(record.get("categories", record.get("category")))
         description = " ".join(_flat(record.get("description"))) or None
@@ -64,7 +91,10 @@ def amazon_items(path: PathLike) -> pl.DataFrame:
 
 
 def _text(value: object) -> str | None:
-    return (html.unescape(value).strip() or None) if isinstance(value, str) else None
+    if not isinstance(value, str):
+        return None
+    whole = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")  # joins surrogate pairs
+    return html.unescape(whole).strip() or None
 
 
 def _flat(value: object) -> list[str]:

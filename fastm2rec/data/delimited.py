@@ -12,7 +12,19 @@ from collections.abc import Sequence
 import polars as pl
 
 from ..storage import PathLike
-from .files import DataError, cast_column, decode, natural_ids, read_bytes, read_lines, refuse, split_fields
+from .files import (
+    NUMBER,
+    DataError,
+    cast_column,
+    decode,
+    natural_ids,
+    read_bytes,
+    read_lines,
+    read_parquet,
+    refuse,
+    require_ids,
+    split_fields,
+)
 
 LOG_COLUMNS = ("user", "item", "timestamp", "rating")
 
@@ -102,7 +114,9 @@ _FOURSQUARE = ["user", "item", "category id", "category", "latitude", "longitude
 
 def _foursquare(path: PathLike) -> pl.DataFrame:
     members = ["dataset_TSMC2014_NYC.txt", "dataset_TSMC2014_TKY.txt"]
-    return split_fields(read_lines(path, "latin-1", members), "\t", _FOURSQUARE, path)
+    frame = split_fields(read_lines(path, "latin-1", members), "\t", _FOURSQUARE, path)
+    require_ids(frame, "item", path)
+    return frame
 
 
 def foursquare(path: PathLike) -> pl.DataFrame:
@@ -154,15 +168,19 @@ def _recbole(path: PathLike, wanted: dict[str, str]) -> dict[str, pl.Series]:
     names = [name for name, _, _ in header]
     if not all(colon for _, colon, _ in header) or len(set(names)) != len(names):
         raise DataError(
-            f"{path}, line {lines['number'][0]}: expected a header of distinct 'name:type' fields between tabs, "
+            f"{path}, line {lines[NUMBER][0]}: expected a header of distinct 'name:type' fields between tabs, "
             f"got {lines['line'][0]!r}"
         )
     frame = split_fields(lines[1:], "\t", names, path)
     found = {}
     for theirs, ours in wanted.items():
         if theirs in names:
-            if ours in ("timestamp", "rating"):
+            if ours in ("user", "item", "item_id"):
+                require_ids(frame, theirs, path)
+            elif ours in ("timestamp", "rating"):
                 frame = cast_column(frame, theirs, pl.Float64, path)
+            if ours == "timestamp":
+                _seconds(frame, theirs, path)
             found[ours] = frame[theirs]
     return found
 
@@ -206,7 +224,7 @@ def table(
     Args:
         path: .csv, .tsv or .parquet, the first two also packed.
         user, item: names of the columns.
-        timestamp: name of a column of numbers (kept as they are), dates or ISO times (seconds since 1970); None takes
+        timestamp: name of a column of numbers (what is behind the point is cut off), dates or ISO times; None takes
             the order of the file.
         rating: name of a column of numbers, or None.
         separator: between fields; by default a tab for .tsv and a comma otherwise.
@@ -215,13 +233,15 @@ def table(
     names = {"user": user, "item": item, "timestamp": timestamp, "rating": rating}
     missing = [f"{ours}={theirs!r}" for ours, theirs in names.items() if theirs is not None and theirs not in frame]
     if missing:
-        columns = [name for name in frame.columns if name != "number"]
+        columns = [name for name in frame.columns if name != NUMBER]
         raise DataError(f"{path}: no column {', '.join(missing)}; the columns are {', '.join(columns)}")
     for name in (user, item):
-        refuse(frame, frame[name].is_null(), path, lambda row, name=name: f"expected a {name}, got nothing")  # type: ignore[misc]
+        require_ids(frame, name, path)
     times = None if timestamp is None else _times(frame, timestamp, path)
     if rating is not None and frame[rating].dtype == pl.String:
         frame = cast_column(frame, rating, pl.Float64, path)
+    elif rating is not None and not frame[rating].dtype.is_numeric():
+        raise DataError(f"{path}: expected numbers as {rating}, got {frame[rating].dtype}")
     return log_frame(frame[user], frame[item], times, None if rating is None else frame[rating])
 
 
@@ -231,26 +251,37 @@ def table_items(path: PathLike, item: str = "item", title: str = "title", separa
     missing = [name for name in (item, title) if name not in frame]
     if missing:
         raise DataError(f"{path}: no column {', '.join(missing)}; the columns are {', '.join(frame.columns[1:])}")
+    require_ids(frame, item, path)
     return item_frame(frame[item], frame[title])
 
 
 def _table(path: PathLike, separator: str | None) -> pl.DataFrame:
-    """All columns (strings, but for Parquet) and `number`, the line or row of each."""
+    """All columns (strings, but for Parquet) and `NUMBER`, the line or row of each."""
+    if separator is not None and len(separator.encode()) != 1:
+        raise DataError(f"separator: expected a single ASCII character, got {separator!r}")
     name = str(path).removesuffix(".gz").removesuffix(".zip")
-    data = read_bytes(path)
+    if name.endswith(".parquet"):
+        return read_parquet(path).with_row_index(NUMBER, offset=1)
+    text = decode(read_bytes(path), path, "utf-8")
+    separator = separator or ("\t" if name.endswith(".tsv") else ",")
+    if text.strip() == "":
+        raise DataError(f"{path}: expected a header line, got an empty file")
     try:
-        if name.endswith(".parquet"):
-            return pl.read_parquet(io.BytesIO(data)).with_row_index("number", offset=1)
-        text = decode(data, path, "utf-8")
-        separator = separator or ("\t" if name.endswith(".tsv") else ",")
-        if text.strip() == "":
-            raise DataError(f"{path}: expected a header line, got an empty file")
         frame = pl.read_csv(io.StringIO(text), separator=separator, infer_schema=False)
+        return _numbered_rows(frame, text)
     except pl.exceptions.PolarsError as error:
-        if name.endswith(".parquet"):
-            raise DataError(f"{path}: not a Parquet file: {error}") from None
-        raise _csv_error(text, separator or ",", path, error) from None
-    return frame.with_row_index("number", offset=2)
+        raise _csv_error(text, separator, path, error) from None
+
+
+def _numbered_rows(frame: pl.DataFrame, text: str) -> pl.DataFrame:
+    """The rows that are not blank lines, with the lines of the file on which they begin."""
+    first = 2 + text[: len(text) - len(text.lstrip("\r\n"))].count("\n") + "".join(frame.columns).count("\n")
+    within = pl.sum_horizontal(pl.all().str.count_matches("\n", literal=True).fill_null(0))  # in quoted fields
+    begins = frame.select(within.cum_sum().shift(1, fill_value=0)).to_series() + pl.int_range(
+        first, first + len(frame), eager=True
+    )
+    numbered = pl.DataFrame({NUMBER: begins}).hstack(frame)
+    return numbered.filter(~pl.all_horizontal(pl.exclude(NUMBER).is_null()))
 
 
 def _csv_error(text: str, separator: str, path: PathLike, error: Exception) -> DataError:
@@ -272,16 +303,31 @@ _TIME_FORMATS: Sequence[str] = (
 )  # fmt: skip
 
 
+def _seconds(frame: pl.DataFrame, name: str, path: PathLike) -> pl.Series:
+    """A column of numbers as integers; what is null stays so.
+
+    Raises:
+        DataError: the first line whose value is too large for 64 bits, or not a number.
+    """
+    column = frame[name]
+    whole = column.cast(pl.Int64, strict=False)
+    wrong = whole.is_null() & column.is_not_null()
+    refuse(frame, wrong, path, lambda row: f"expected a number of seconds as {name}, got {row[name]!r}")
+    return whole
+
+
 def _times(frame: pl.DataFrame, name: str, path: PathLike) -> pl.Series:
     column = frame[name]
-    if column.dtype.is_temporal():
+    if column.dtype in (pl.Date, pl.Datetime):
         return column.cast(pl.Datetime("us")).dt.epoch("s")
     if column.dtype.is_numeric():
-        return column.cast(pl.Int64, strict=False)
+        return _seconds(frame, name, path)
+    if column.dtype not in (pl.String, pl.Null):
+        raise DataError(f"{path}: expected numbers, dates or texts as {name}, got {column.dtype}")
+    column = column.cast(pl.String)
     numbers = column.str.strip_chars().cast(pl.Int64, strict=False)
     if numbers.null_count():
-        numbers = column.str.strip_chars().cast(pl.Float64, strict=False)
-        numbers = numbers.set(numbers.is_nan() | numbers.is_infinite(), None).cast(pl.Int64, strict=False)
+        numbers = column.str.strip_chars().cast(pl.Float64, strict=False).cast(pl.Int64, strict=False)
     if not numbers.null_count():
         return numbers
     for layout in _TIME_FORMATS:

@@ -125,11 +125,7 @@ class SequenceDataset:
 
     def fingerprint(self) -> str:
         """A digest of the events and of the item ids; a run refuses to go on with other data."""
-        digest = hashlib.sha256()
-        for tensor in (self.items, self.offsets):
-            digest.update(tensor.numpy().tobytes())
-        digest.update(repr(self.vocab.items).encode())
-        return digest.hexdigest()
+        return _digest(self.items.numpy().tobytes(), self.offsets.numpy().tobytes(), repr(self.vocab.items).encode())
 
     def save(self, folder: PathLike) -> None:
         """Write the data set to a folder that `load` reads.
@@ -141,7 +137,11 @@ class SequenceDataset:
         self.vocab.save(folder / VOCAB_FILE)
         write_json(folder / USERS_FILE, self.users)
         tensors = {"items": self.items, "offsets": self.offsets}
-        save_tensors(folder / SEQUENCES_FILE, tensors, {"fingerprint": self.fingerprint()})
+        save_tensors(folder / SEQUENCES_FILE, tensors, self._labels())
+
+    def _labels(self) -> dict[str, str]:
+        """What the file of the events says about itself and the files beside it."""
+        return {"fingerprint": self.fingerprint(), "users": _digest(repr(self.users).encode())}
 
     @classmethod
     def load(cls, folder: PathLike) -> SequenceDataset:
@@ -155,10 +155,19 @@ class SequenceDataset:
         if tensors.keys() != {"items", "offsets"}:
             raise StorageError(f"{folder / SEQUENCES_FILE}: expected items and offsets, got {', '.join(tensors)}")
         users = read_json(folder / USERS_FILE)
+        if not isinstance(users, list):
+            raise StorageError(f"{folder / USERS_FILE}: expected a list, got {type(users).__name__}")
         dataset = cls(tensors["items"], tensors["offsets"], users, Vocabulary.load(folder / VOCAB_FILE))
-        if dataset.fingerprint() != metadata.get("fingerprint") or len(users) != len(tensors["offsets"]) - 1:
+        if dataset._labels() != metadata:
             raise StorageError(f"{folder}: {SEQUENCES_FILE}, {USERS_FILE} and {VOCAB_FILE} do not belong together")
         return dataset
+
+
+def _digest(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
 
 
 def _titles(ids: pl.Series, items: pl.DataFrame | None) -> list[str] | None:

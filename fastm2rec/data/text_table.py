@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import zipfile
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +15,7 @@ from torch import Tensor
 
 from ..storage import PathLike, StorageError, load_tensors, read_json, save_tensors, write_json
 from ..vocab import ItemId, Vocabulary
-from .files import DataError, natural_ids, read_bytes
+from .files import DataError, natural_ids, read_bytes, read_parquet
 
 ENDINGS = (".safetensors", ".npz", ".npy", ".parquet")
 IDS_ENDING = ".ids.json"
@@ -49,23 +51,33 @@ def load_text_table(path: PathLike) -> TextTable:
         raise DataError(f"{path}: expected a file ending in {', '.join(ENDINGS)}")
     try:
         ids, values = _READERS[path.suffix](path)
-    except (KeyError, ValueError, StorageError, pl.exceptions.PolarsError) as error:
+    except (
+        KeyError,
+        ValueError,
+        EOFError,
+        zipfile.BadZipFile,
+        zlib.error,
+        StorageError,
+        pl.exceptions.PolarsError,
+    ) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: not a table of text embeddings: {error}") from None
-    if values.ndim != 2 or not np.issubdtype(values.dtype, np.floating):
+    if values.ndim != 2 or not values.shape[1] or not np.issubdtype(values.dtype, np.floating):
         raise DataError(
             f"{path}: embeddings: expected floating point of shape [n, T], got {values.dtype} {values.shape}"
         )
     if len(ids) != len(values):
         raise DataError(f"{path}: expected one id per embedding, got {len(ids)} ids and {len(values)} embeddings")
+    with np.errstate(over="ignore"):  # becomes infinite, and is refused as such
+        values = values.astype(np.float32)
     if not np.isfinite(values).all():
         raise DataError(f"{path}: embeddings: expected finite values, got NaN or infinity")
     try:
         Vocabulary(ids)
     except ValueError as error:
         raise DataError(f"{path}: item_ids: {error}") from None
-    return TextTable(ids, torch.from_numpy(values.astype(np.float32)))
+    return TextTable(ids, torch.from_numpy(values))
 
 
 def save_text_table(path: PathLike, text: TextTable) -> None:
@@ -80,32 +92,48 @@ def save_text_table(path: PathLike, text: TextTable) -> None:
 
 
 def _npz(path: Path) -> tuple[list[ItemId], np.ndarray]:
-    with np.load(io.BytesIO(read_bytes(path)), allow_pickle=False) as arrays:
+    arrays = np.load(io.BytesIO(read_bytes(path)), allow_pickle=False)
+    if not isinstance(arrays, np.lib.npyio.NpzFile):
+        raise ValueError("not an archive of arrays")
+    with arrays:
         return _as_ids(arrays["item_ids"]), arrays["embeddings"]
 
 
 def _npy(path: Path) -> tuple[list[ItemId], np.ndarray]:
     values = np.load(io.BytesIO(read_bytes(path)), allow_pickle=False)
-    return read_json(path.with_suffix(IDS_ENDING)), values
+    if not isinstance(values, np.ndarray):
+        raise ValueError("not a single array")
+    return _ids_beside(path), values
 
 
 def _safetensors(path: Path) -> tuple[list[ItemId], np.ndarray]:
     tensors, _ = load_tensors(path)
-    values = tensors["embeddings"].float().numpy()
+    embeddings = tensors["embeddings"]
+    values = (embeddings.float() if embeddings.is_floating_point() else embeddings).numpy()
     if "item_ids" in tensors:
-        return tensors["item_ids"].tolist(), values
-    return read_json(path.with_suffix(IDS_ENDING)), values
+        return _as_ids(tensors["item_ids"].numpy()), values
+    return _ids_beside(path), values
+
+
+def _ids_beside(path: Path) -> list[ItemId]:
+    ids = read_json(path.with_suffix(IDS_ENDING))
+    if not isinstance(ids, list):
+        raise ValueError(f"{path.with_suffix(IDS_ENDING)}: expected a list of ids, got {type(ids).__name__}")
+    return ids
 
 
 def _parquet(path: Path) -> tuple[list[ItemId], np.ndarray]:
-    frame = pl.read_parquet(io.BytesIO(read_bytes(path)))
+    frame = read_parquet(path)
     missing = [name for name in ("item_id", "embedding") if name not in frame]
     if missing:
         raise DataError(f"{path}: no column {', '.join(missing)}; the columns are {', '.join(frame.columns)}")
-    lengths = frame["embedding"].list.len().unique()
+    column = frame["embedding"]
+    if isinstance(column.dtype, pl.Array):
+        column = column.arr.to_list()
+    lengths = column.list.len().unique().sort()
     if len(lengths) > 1:
-        raise DataError(f"{path}: embedding: expected lists of one length, got {sorted(lengths.to_list())}")
-    return natural_ids(frame["item_id"]).to_list(), np.array(frame["embedding"].to_list())
+        raise DataError(f"{path}: embedding: expected lists of one length, got {lengths.to_list()}")
+    return natural_ids(frame["item_id"]).to_list(), np.array(column.to_list())
 
 
 _READERS = {".npz": _npz, ".npy": _npy, ".safetensors": _safetensors, ".parquet": _parquet}
