@@ -7,7 +7,7 @@ import json
 import platform
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -57,17 +57,19 @@ def device_name(device: torch.device) -> str:
 
 def document(device: torch.device, rows: Sequence[Row]) -> dict[str, Any]:
     """Rows with everything that is needed to know what they mean."""
+    where = {"device": device_name(device), "device_type": device.type}
+    return {"schema": SCHEMA, **where, **origin(), "rows": [asdict(row) for row in rows]}
+
+
+def origin() -> dict[str, Any]:
+    """The code and the libraries that rows come from, and when."""
     return {
-        "schema": SCHEMA,
-        "device": device_name(device),
-        "device_type": device.type,
         "torch": torch.__version__,
         "triton": _version("triton"),
         "python": platform.python_version(),
         "commit": _git("rev-parse", "--short=12", "HEAD"),
         "kernels_tree": (_git("rev-parse", "HEAD:kernels") or "")[:12] or None,
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "rows": [asdict(row) for row in rows],
     }
 
 
@@ -121,15 +123,7 @@ def table(rows: Sequence[Row]) -> str:
                 "" if peer is None else f"{row.median_ms / peer:.2f}", share,
             ]
         )  # fmt: skip
-    widths = [max(len(line[i]) for line in lines) for i in range(len(header))]
-    left = {0, 1, 2, 9}
-    text = [
-        "  ".join(
-            cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
-        )
-        for line in lines
-    ]
-    text.insert(1, "  ".join("-" * width for width in widths))
+    text = aligned(lines, left={0, 1, 2, 9})
     reasons: dict[str, list[str]] = {}
     for row in rows:
         if row.skipped is not None:
@@ -138,7 +132,20 @@ def table(rows: Sequence[Row]) -> str:
             if label not in what:
                 what.append(label)
     text += [f"skipped: {reason}: {', '.join(what)}" for reason, what in reasons.items()]
-    return "\n".join(line.rstrip() for line in text)
+    return "\n".join(text)
+
+
+def aligned(lines: Sequence[Sequence[str]], left: Collection[int]) -> list[str]:
+    """A header and rows of cells as lines of text; columns in `left` are aligned there, the others to the right."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    text = [
+        "  ".join(
+            cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in lines
+    ]
+    text.insert(1, "  ".join("-" * width for width in widths))
+    return text
 
 
 def best_peer(rows: Sequence[Row], row: Row) -> float | None:

@@ -41,12 +41,27 @@ def silu_grad(x):
 
 
 @triton.jit
+def _log1p(e):
+    """log(1 + e) for 0 <= e <= 1, accurate to the last digits: 1 + e would round away those of a small e."""
+    if e.dtype == tl.float64:
+        # The rounding of 1 + e cancels in the quotient (Kahan).
+        rounded = 1.0 + e
+        return tl.where(rounded == 1.0, e, tl.log2(rounded) * LN2 * (e / tl.where(rounded == 1.0, 1.0, rounded - 1.0)))
+    # e times a minimax polynomial, relative error 3e-8; a third of the instructions of log2.
+    p = 0.005232686176896095 * e - 0.029505206272006035
+    p = p * e + 0.07822590321302414
+    p = p * e - 0.13663241267204285
+    p = p * e + 0.19106005132198334
+    p = p * e - 0.2484298199415207
+    p = p * e + 0.3331909775733948
+    p = p * e - 0.4999949336051941
+    return e * (p * e + 1.0)
+
+
+@triton.jit
 def softplus(x):
     """log(1 + e^x), accurate to the last digits also where e^x is small: mamba's log(1 + exp(x)) loses those."""
-    e = exp(-tl.abs(x))
-    # log1p(e) by its series where 1 + e would round e away.
-    series = e * (1.0 - e * (0.5 - e * (1.0 / 3.0 - e * 0.25)))
-    return tl.maximum(x, 0.0) + tl.where(e < 0.0078125, series, tl.log2(1.0 + e) * LN2)
+    return tl.maximum(x, 0.0) + _log1p(exp(-tl.abs(x)))
 
 
 def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:

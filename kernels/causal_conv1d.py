@@ -52,7 +52,7 @@ def causal_conv1d_fwd_kernel(
         total += tl.load(bias_ptr + offs_e, mask=offs_e < dim, other=0.0).to(ACC)[None, :]
     for j in tl.static_range(WIDTH):
         w = tl.load(weight_ptr + offs_e * WIDTH + j, mask=offs_e < dim, other=0.0).to(ACC)
-        back: tl.constexpr = (j - (WIDTH - 1)) if REVERSED else (WIDTH - 1 - j)
+        back = (j - (WIDTH - 1)) if REVERSED else (WIDTH - 1 - j)
         x = _load_shifted(
             x_ptr, pid_b, offs_t - back, offs_e, seqlen, dim, stride_x_batch, stride_x_dim, stride_x_seqlen, ACC
         )

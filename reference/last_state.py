@@ -11,6 +11,9 @@ dT = dy g sum_n C B A X, d delta_s = sum_{t < s} dT_t + dg_s u_s, du = dg delta.
 
     B batch   dim channels   N = dstate   L = seqlen
     u, delta (B, dim, L)   A (dim, N)   B (B, N, L)   C (B, N) and z (B, dim) at the last position
+
+How the exponentials are made and how the time is split are choices of an implementation that approximate this; the
+specification itself computes every exponential exactly and every sum whole, whatever is asked for.
 """
 
 from __future__ import annotations
@@ -33,8 +36,14 @@ def last_state(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     lengths: Tensor | None = None,
+    exponentials: str = "exact",
+    nodes: object | None = None,
+    splits: int = 1,
 ) -> Tensor:
-    """y (B, dim) in u's dtype, at position lengths - 1 of each row (the last one where `lengths` is None)."""
+    """y (B, dim) in u's dtype, at position lengths - 1 of each row (the last one where `lengths` is None).
+
+    `exponentials`, `nodes` and `splits` change nothing here: see above.
+    """
     dtype = compute_dtype(u, delta, A, B, C, D, z)
     steps = step_size(delta, delta_bias, delta_softplus, dtype)
     x, A = u.to(dtype), A.to(dtype)

@@ -6,9 +6,12 @@ y_t = (C_t . h_t + D u_t) [silu(z_t)]
 
 B batch   dim channels   N = dstate states per channel   L = seqlen
 u, delta, z (B, dim, L)   A (dim, N)   B, C (B, N, L)   D, delta_bias (dim,)   h (B, dim, N)
+Packed: sequence s of a single row is cu_seqlens[s] to cu_seqlens[s + 1], and starts from a state of its own.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import torch
 import torch.nn.functional as F
@@ -41,8 +44,20 @@ def selective_scan(
     delta_softplus: bool = False,
     return_last_state: bool = False,
     initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """y (B, dim, L) in u's dtype; with `return_last_state` also the state after the last position (B, dim, N)."""
+    """y (B, dim, L) in u's dtype; with `return_last_state` also the state after the last position (B, dim, N).
+
+    With `cu_seqlens` the single row holds S sequences one after another, and there are states (S, dim, N).
+    """
+    if cu_seqlens is not None:
+        parts = []
+        for s, (start, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+            u_s, delta_s, B_s, C_s, z_s = (None if x is None else x[..., start:end] for x in (u, delta, B, C, z))
+            h_s = None if initial_state is None else initial_state[s : s + 1]
+            parts.append(selective_scan(u_s, delta_s, A, B_s, C_s, D, z_s, delta_bias, delta_softplus, True, h_s))
+        ys, hs = zip(*parts, strict=True)
+        return (torch.cat(ys, dim=2), torch.cat(hs)) if return_last_state else torch.cat(ys, dim=2)
     dtype = compute_dtype(u, delta, A, B, C, D, z, initial_state)
     steps = step_size(delta, delta_bias, delta_softplus, dtype)
     x, A, B, C = u.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype)

@@ -12,7 +12,10 @@ every x[s], later ones too.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from .causal_conv1d import causal_conv1d
 
 # theta * n is meant as a count of bins; without this, 0.1 * 30 / 30 would lose its last bin to rounding.
 ROUNDING = 1e-9
@@ -84,13 +87,60 @@ def spectral_projection(
     mask: Tensor | None = None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
+    *,
+    conv_weight: Tensor | None = None,
+    conv_bias: Tensor | None = None,
+    conv_first: bool = False,
+    activation: str | None = None,
 ) -> Tensor:
-    """`y = V (m * (V^T x)) [W^T + b]`, the filter as a low-rank projection.
+    """The filter as a low-rank projection, `V (m * (V^T x))`, with the Linear and the causal convolution beside it.
+
+    `act(conv(filter(x) W^T + b))`, or with `conv_first` `act(filter(conv(x W^T + b)))`; every part but the filter may
+    be left out.
 
     Args:
         x: [B, L, C].
         basis: V, [L, R] or [B, L, R].
-        mask: m, [R], [B, R] or [R, C]; None is 1.
+        mask: m, [R], [B, R] or [R, channels of what is filtered]; None is 1.
+        weight: W, [C_out, C].
+        bias: b, [C_out].
+        conv_weight: [C_out, width].
+        conv_bias: [C_out].
+        conv_first: the filter comes after the convolution.
+        activation: None or "silu".
+
+    Returns:
+        [B, L, C] or [B, L, C_out], dtype of x; half precision is computed in float32.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    y = x.to(dtype)
+    if not conv_first:
+        y = _projected(y, basis.to(dtype), mask)
+    if weight is not None:
+        y = F.linear(y, weight.to(dtype), None if bias is None else bias.to(dtype))
+    if conv_weight is not None:
+        y = causal_conv1d(y.mT, conv_weight, conv_bias).mT
+    if conv_first:
+        y = _projected(y, basis.to(dtype), mask)
+    return (F.silu(y) if activation == "silu" else y).to(x.dtype)
+
+
+def _projected(x: Tensor, basis: Tensor, mask: Tensor | None) -> Tensor:
+    bins = basis.mT @ x  # [B, R, C]
+    if mask is not None:
+        per_column = mask.dim() == 1 or mask.shape == bins.shape[:2]
+        bins = bins * (mask.unsqueeze(-1) if per_column else mask).to(x.dtype)
+    return basis @ bins
+
+
+def spectral_projection_fft(
+    x: Tensor, gain: Tensor, weight: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
+    """The same filter for long sequences, by fast transforms: `irfft(g * rfft(x)) [W^T + b]`.
+
+    Args:
+        x: [B, L, C].
+        gain: g of the first K of the L // 2 + 1 bins, the others are dropped: [K] or [K, C].
         weight: W, [C_out, C].
         bias: b, [C_out].
 
@@ -98,16 +148,9 @@ def spectral_projection(
         [B, L, C] or [B, L, C_out], dtype of x; half precision is computed in float32.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
-    basis = basis.to(dtype)
-    bins = basis.mT @ x.to(dtype)  # [B, R, C]
-    if mask is not None:
-        mask = mask.to(dtype)
-        if mask.dim() == 1 or mask.shape == bins.shape[:2]:
-            mask = mask.unsqueeze(-1)
-        bins = bins * mask
-    if weight is not None:  # nothing nonlinear lies in between, and there are fewer bins than positions
-        bins = bins @ weight.to(dtype).t()
-    y = basis @ bins
-    if bias is not None:
-        y = y + bias.to(dtype)
+    bins = torch.fft.rfft(x.to(dtype), dim=1)
+    bins = bins[:, : gain.shape[0]] * (gain.unsqueeze(-1) if gain.dim() == 1 else gain).to(dtype)
+    y = torch.fft.irfft(bins, n=x.shape[1], dim=1)  # takes the bins that are missing for zeros
+    if weight is not None:
+        y = F.linear(y, weight.to(dtype), None if bias is None else bias.to(dtype))
     return y.to(x.dtype)

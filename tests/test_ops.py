@@ -118,3 +118,72 @@ def test_other_misfits() -> None:
         ops.causal_conv1d(**{**_arguments("causal_conv1d"), "activation": "relu"})
     with pytest.raises(ValueError, match="^bias: expected None without a weight"):
         ops.spectral_projection(**{**_arguments("spectral_projection"), "weight": None})
+
+
+def test_the_gates_table_and_its_ids() -> None:
+    arguments = {**_arguments("gated_fusion"), "text": torch.randn(5, D), "ids": torch.tensor([4, 0])}
+    ops.gated_fusion(**arguments)
+    ops.gated_fusion(**{**arguments, "ids": arguments["ids"].int()})
+    for wrong, message in (
+        ({"ids": torch.tensor([4, 5])}, "^ids: expected values from 0 to 4, got 4 to 5"),
+        ({"ids": torch.tensor([-1, 0])}, "^ids: expected values from 0 to 4, got -1 to 0"),
+        ({"ids": torch.tensor([0, 1, 2])}, r"^ids: expected shape \[2\], got \[3\]"),
+        ({"ids": torch.zeros(2)}, "^ids: expected int32 or int64, got torch.float32"),
+        ({"ids": torch.tensor([True, False])}, "^ids: expected int32 or int64, got torch.bool"),
+        ({"ids": torch.zeros(2, dtype=torch.int64, device="meta")}, "^ids: expected device cpu, got meta"),
+        ({"ids": None}, "^text: expected shape"),
+        ({"text": torch.randn(0, D)}, "^text: expected at least one row for ids, got none"),
+        ({"text": None, "alpha": None, "beta": None}, "^ids: expected None without a text, got a tensor"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            ops.gated_fusion(**{**arguments, **wrong})
+
+
+def test_the_gates_norm() -> None:
+    arguments = _arguments("gated_fusion")
+    norm = {"norm_weight": torch.randn(D), "norm_bias": torch.randn(D)}
+    ops.gated_fusion(**arguments, **norm)
+    for name, other in (("norm_weight", "norm_bias"), ("norm_bias", "norm_weight")):
+        with pytest.raises(ValueError, match=f"^{name}: expected both norm_weight and norm_bias, or neither, got None"):
+            ops.gated_fusion(**arguments, **{other: norm[other]})
+        with pytest.raises(ValueError, match=rf"^{name}: expected shape \[D=4\], got \[1, 4\]"):
+            ops.gated_fusion(**arguments, **{**norm, name: norm[name][None]})
+
+
+def _packed(cu_seqlens: Any) -> dict[str, Any]:
+    one_row = {
+        name: value[:1] if isinstance(value, torch.Tensor) and value.dim() == 3 else value
+        for name, value in _arguments("selective_scan").items()
+    }
+    return {**one_row, "initial_state": torch.randn(2, E, N), "cu_seqlens": cu_seqlens}
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+def test_packed_sequences(dtype: torch.dtype) -> None:
+    cu_seqlens = torch.tensor([0, 2, 5], dtype=dtype)
+    y, state = ops.selective_scan(**_packed(cu_seqlens), return_last_state=True)
+    assert (y.shape, state.shape) == ((1, E, L), (2, E, N))
+    with pytest.raises(
+        ValueError, match="^initial_state: expected shape .n_sequences=2, dim=6, dstate=3., got .1, 6, 3"
+    ):
+        ops.selective_scan(**{**_packed(cu_seqlens), "initial_state": torch.randn(1, E, N)})
+    with pytest.raises(ValueError, match="^cu_seqlens: expected a batch of 1 .*, got 2 rows"):
+        ops.selective_scan(**_arguments("selective_scan"), cu_seqlens=cu_seqlens)
+
+
+@pytest.mark.parametrize(
+    ("cu_seqlens", "message"),
+    [
+        (torch.tensor([0.0, 2.0, 5.0]), "int32 or int64 of shape .n_sequences . 1., got torch.float32 of shape .3."),
+        (torch.tensor([0, 2, 5], dtype=torch.int16), "int32 or int64 of shape .*, got torch.int16"),
+        (torch.tensor([[0, 2, 5]]), "int32 or int64 of shape .*, got torch.int64 of shape .1, 3."),
+        (torch.tensor([0]), "int32 or int64 of shape .*, got torch.int64 of shape .1."),
+        (torch.tensor([1, 2, 5]), "values from 0 to the seqlen 5, got 1 to 5"),
+        (torch.tensor([0, 2, 6]), "values from 0 to the seqlen 5, got 0 to 6"),
+        (torch.tensor([0, 4, 3, 5]), "strictly increasing values, got 4 then 3 at index 1"),
+        (torch.tensor([0, 2, 2, 5]), "strictly increasing values, got 2 then 2 at index 1"),
+    ],
+)
+def test_packed_sequences_that_do_not_fit(cu_seqlens: torch.Tensor, message: str) -> None:
+    with pytest.raises(ValueError, match=f"^cu_seqlens: expected {message}"):
+        ops.selective_scan(**_packed(cu_seqlens))

@@ -286,3 +286,62 @@ def test_text_is_standardised_over_the_items_that_have_it() -> None:
     torch.testing.assert_close(scaled[has_text, :5].std(0, correction=0), torch.ones(5), atol=1e-4, rtol=0)
     assert torch.equal(scale_text(table, "none"), table)
     assert not scale_text(torch.zeros(3, 2)).any()
+
+
+def test_the_gate_looks_its_text_up_and_normalises_its_result() -> None:
+    h, table, W, b, Wg, bg, scale, shift = r(5, 3), r(4, 3), r(3, 3), r(3), r(6, 6), r(6), r(3), r(3)
+    ids = torch.tensor([3, 0, 3, 3, 1])
+    constants: dict[str, Any] = {"alpha": r(3), "beta": r(1)[0]}
+    context: dict[str, Any] = {"alpha": None, "beta": None, "gate_weight": Wg, "gate_bias": bg}
+    for gate in (constants, context):
+        plain = gated_fusion(h, table[ids], weight=W, bias=b, residual=True, **gate)
+        torch.testing.assert_close(gated_fusion(h, table, weight=W, bias=b, residual=True, ids=ids, **gate), plain)
+        centred = plain - plain.mean(1, keepdim=True)
+        expected = centred / (centred.square().mean(1, keepdim=True) + 1e-3).sqrt() * scale + shift
+        norm = {"norm_weight": scale, "norm_bias": shift, "eps": 1e-3}
+        y = gated_fusion(h, table, weight=W, bias=b, residual=True, ids=ids, **norm, **gate)
+        torch.testing.assert_close(y, expected)
+    leaves = [t.requires_grad_() for t in (h, table, W, b, Wg, bg, scale, shift)]
+    assert gradcheck(
+        lambda h, table, W, b, Wg, bg, scale, shift: gated_fusion(
+            h, table, None, None, W, b, ids=ids, gate_weight=Wg, gate_bias=bg, norm_weight=scale, norm_bias=shift
+        ),
+        leaves,
+    )
+
+
+def test_the_gate_rounds_half_precision_once() -> None:
+    tensors = [t.bfloat16() for t in (r(5, 8), r(5, 8), r(8), r(8), r(8, 8), r(8))]
+    exact = gated_fusion(*(t.double() for t in tensors), residual=True)
+    y = gated_fusion(*tensors, residual=True)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), exact, rtol=torch.finfo(torch.bfloat16).eps / 2, atol=1e-5)
+
+
+def test_packed_scan_starts_anew_at_every_boundary() -> None:
+    """Against the unrolled sum of the whole row, in which a decay of e^-1000 cuts the sequences apart."""
+    a = {**_arguments(9), "z": None, "D": None, "delta_bias": None, "delta_softplus": False}
+    a = {name: value[:1] if isinstance(value, Tensor) and value.dim() == 3 else value for name, value in a.items()}
+    a["delta"] = a["delta"].abs()
+    a["A"] = -torch.ones(3, 4, dtype=torch.float64)
+    cu_seqlens, h0 = torch.tensor([0, 1, 4, 9]), r(3, 3, 4)
+    y, last = selective_scan(**a, initial_state=h0, return_last_state=True, cu_seqlens=cu_seqlens)
+    steps, u, B, C = (a[name] for name in ("delta", "u", "B", "C"))
+
+    def with_gaps(x: Tensor, gap: float) -> Tensor:
+        """A position more in front of every sequence but the first."""
+        blank = torch.full_like(x[..., :1], gap)
+        return torch.cat([x[..., :1], blank, x[..., 1:4], blank, x[..., 4:]], dim=-1)
+
+    gapped = _unrolled(with_gaps(u, 0.0), with_gaps(steps, 1000.0), a["A"], with_gaps(B, 0.0), with_gaps(C, 0.0))
+    for s, (start, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        here = slice(start, end)
+        from_start = torch.exp(steps[..., here].cumsum(2)[..., None] * a["A"][:, None])  # [1, e, t, n]
+        expected = gapped[..., start + s : end + s]
+        expected = expected + torch.einsum("bnt,betn,en->bet", C[..., here], from_start, h0[s])
+        torch.testing.assert_close(y[..., here], expected, rtol=1e-12, atol=1e-12)
+    final = {
+        name: value[..., 4:] if isinstance(value, Tensor) and value.dim() == 3 else value for name, value in a.items()
+    }
+    _, alone = selective_scan(**final, initial_state=h0[2:], return_last_state=True)
+    torch.testing.assert_close(last[2:], alone, rtol=0, atol=0)

@@ -1,0 +1,271 @@
+"""`Lanes`: sixteen numbers as one value in numba code, and the functions of them that the kernels need.
+
+LLVM's own vectoriser gives up on a loop over as many arrays as the backward pass has, and cannot keep sums of several
+rows in registers. With a vector type the kernels say what they want: `+ - * /` of Lanes with Lanes or with a number,
+`load`, `store`, `total`. A machine whose registers are narrower uses several for one value.
+
+Multiplications and additions may be fused, nothing else may be reordered: compensated sums and the rounding in `exp2`
+depend on it. NaN stays NaN through every function here.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic, lower_builtin, models, overload, register_jitable, register_model, type_callable
+
+LANES = 16
+
+
+class Lanes(types.Type):
+    def __init__(self, dtype: types.Float) -> None:
+        self.dtype = dtype
+        super().__init__(name=f"Lanes({dtype})")
+
+
+@register_model(Lanes)
+class _LanesModel(models.PrimitiveModel):
+    def __init__(self, manager, lanes):
+        super().__init__(manager, lanes, ir.VectorType(manager.lookup(lanes.dtype).get_value_type(), LANES))
+
+
+def _splat(context, builder, value, kind, lanes):
+    """`value` of numba type `kind`, a number or Lanes already, as Lanes."""
+    if isinstance(kind, Lanes):
+        return value
+    vector = context.get_value_type(lanes)
+    number = context.cast(builder, value, kind, lanes.dtype)
+    one = builder.insert_element(ir.Constant(vector, ir.Undefined), number, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(one, one, ir.Constant(ir.VectorType(ir.IntType(32), LANES), [0] * LANES))
+
+
+def _common(a, b):
+    """The type of `a op b`; None where that is not for us."""
+    if isinstance(a, Lanes) and (a == b or isinstance(b, types.Number)):
+        return a
+    return b if isinstance(b, Lanes) and isinstance(a, types.Number) else None
+
+
+def _register(python_operator, instruction: str) -> None:
+    @type_callable(python_operator)
+    def type_of_result(context):
+        return _common
+
+    def lower(context, builder, signature, arguments):
+        a, b = (
+            _splat(context, builder, value, kind, signature.return_type)
+            for value, kind in zip(arguments, signature.args, strict=True)
+        )
+        return getattr(builder, instruction)(a, b, flags=("contract",))
+
+    for kinds in ((Lanes, Lanes), (Lanes, types.Number), (types.Number, Lanes)):
+        lower_builtin(python_operator, *kinds)(lower)
+
+
+for _operator, _instruction in (
+    (operator.add, "fadd"), (operator.sub, "fsub"), (operator.mul, "fmul"), (operator.truediv, "fdiv"),
+):  # fmt: skip
+    _register(_operator, _instruction)
+
+
+def _pointer(context, builder, array_type, array, index):
+    data = context.make_array(array_type)(context, builder, array).data
+    return builder.gep(data, [index])
+
+
+@intrinsic
+def load(typingctx, array, index):
+    """array[index : index + LANES]."""
+    lanes = Lanes(array.dtype)
+
+    def codegen(context, builder, signature, arguments):
+        vector = context.get_value_type(lanes)
+        place = _pointer(context, builder, signature.args[0], *arguments)
+        value = builder.load(builder.bitcast(place, vector.as_pointer()))
+        value.align = array.dtype.bitwidth // 8
+        return value
+
+    return lanes(array, types.intp), codegen
+
+
+@intrinsic
+def store(typingctx, array, index, value):
+    """array[index : index + LANES] = value, Lanes or a number."""
+    lanes = Lanes(array.dtype)
+
+    def codegen(context, builder, signature, arguments):
+        place = _pointer(context, builder, signature.args[0], *arguments[:2])
+        vector = _splat(context, builder, arguments[2], signature.args[2], lanes)
+        instruction = builder.store(vector, builder.bitcast(place, vector.type.as_pointer()))
+        instruction.align = array.dtype.bitwidth // 8
+
+    return types.void(array, types.intp, value), codegen
+
+
+@intrinsic
+def at(typingctx, array, index):
+    """array[index], which is not negative: numba's own indexing asks."""
+
+    def codegen(context, builder, signature, arguments):
+        return builder.load(_pointer(context, builder, signature.args[0], *arguments))
+
+    return array.dtype(array, types.intp), codegen
+
+
+@intrinsic
+def full(typingctx, array, value):
+    """Lanes of the array's dtype, each of them `value`."""
+    lanes = Lanes(array.dtype)
+
+    def codegen(context, builder, signature, arguments):
+        return _splat(context, builder, arguments[1], signature.args[1], lanes)
+
+    return lanes(array, value), codegen
+
+
+@intrinsic
+def where_less(typingctx, x, bound, then, otherwise):
+    """`then` where x < bound, else (and where x is NaN) `otherwise`."""
+
+    def codegen(context, builder, signature, arguments):
+        value, bound, then, otherwise = (
+            _splat(context, builder, argument, kind, x)
+            for argument, kind in zip(arguments, signature.args, strict=True)
+        )
+        return builder.select(builder.fcmp_ordered("<", value, bound), then, otherwise)
+
+    return x(x, bound, then, otherwise), codegen
+
+
+@intrinsic
+def total(typingctx, x):
+    """The sum of the lanes, halves added to halves."""
+
+    def codegen(context, builder, signature, arguments):
+        (value,) = arguments
+        width = LANES
+        while width > 1:
+            width //= 2
+            low, high = (
+                ir.Constant(ir.VectorType(ir.IntType(32), width), list(range(start, start + width)))
+                for start in (0, width)
+            )
+            value = builder.fadd(
+                builder.shuffle_vector(value, value, low), builder.shuffle_vector(value, value, high)
+            )
+        return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
+
+    return x.dtype(x), codegen
+
+
+@intrinsic
+def _add_to_exponent(typingctx, x, rounded):
+    """x * 2^k, k being the integer in the low bits of `rounded`'s mantissa."""
+    mantissa = 23 if x.dtype == types.float32 else 52
+
+    def codegen(context, builder, signature, arguments):
+        integers = ir.VectorType(ir.IntType(x.dtype.bitwidth), LANES)
+        bits, k = (builder.bitcast(argument, integers) for argument in arguments)
+        shift = ir.Constant(integers, [mantissa] * LANES)
+        return builder.bitcast(builder.add(bits, builder.shl(k, shift)), arguments[0].type)
+
+    return x(x, x), codegen
+
+
+# Between these `exp2` is right; above and below it takes their values. The lower bound leaves room for factors: a
+# product that is no longer a normal number costs 100 cycles on some processors.
+_LOW = {types.float32: -100.0, types.float64: -900.0}
+_HIGH = {types.float32: 126.0, types.float64: 1000.0}
+# Adding this leaves no bits for a fraction.
+_ROUND = {types.float32: 1.5 * 2.0**23, types.float64: 1.5 * 2.0**52}
+# 2^f for |f| <= 1/2: a minimax polynomial, 7.5e-8 relative, or Taylor's, 4e-18. Highest power first.
+_EXP2 = {
+    types.float32: (1.327646679e-03, 9.675541293e-03, 5.550713290e-02, 2.402211972e-01, 6.931469671e-01, 1.000000072),
+    types.float64: tuple(math.log(2) ** k / math.factorial(k) for k in range(13, -1, -1)),
+}
+# log(1 + e) / e for 0 <= e <= 1, 3e-8 relative.
+_LOG1P = (
+    5.232623981e-03, -2.950495713e-02, 7.822549322e-02, -1.366320689e-01, 1.910598847e-01, -2.484297754e-01,
+    3.331909622e-01, -4.999949311e-01, 9.999999699e-01,
+)  # fmt: skip
+# atanh(w) / w in powers of w^2 for |w| <= 1/3: Taylor's, 1e-18.
+_ATANH = tuple(1 / (2 * k + 1) for k in range(17, -1, -1))
+LOG2_E = math.log2(math.e)
+
+
+@intrinsic
+def _polynomial(typingctx, x, coefficients):
+    """Horner's scheme; the coefficients are a tuple of numbers, highest power first."""
+
+    def codegen(context, builder, signature, arguments):
+        first, *rest = (
+            _splat(context, builder, value, types.float64, x) for value in cgutils.unpack_tuple(builder, arguments[1])
+        )
+        value = first
+        for coefficient in rest:
+            value = builder.fmul(value, arguments[0], flags=("contract",))
+            value = builder.fadd(value, coefficient, flags=("contract",))
+        return value
+
+    return x(x, coefficients), codegen
+
+
+def exp2(x):
+    """2^x."""
+    raise NotImplementedError("for numba")
+
+
+@overload(exp2, inline="always")
+def _(x):
+    low, round_, coefficients = _LOW[x.dtype], _ROUND[x.dtype], _EXP2[x.dtype]
+
+    def compiled(x):
+        x = where_less(x, low, low, x)
+        rounded = x + round_
+        return _add_to_exponent(_polynomial(x - (rounded - round_), coefficients), rounded)
+
+    return compiled
+
+
+def log1p(x):
+    """log(1 + x) for 0 <= x <= 1."""
+    raise NotImplementedError("for numba")
+
+
+@overload(log1p, inline="always")
+def _(x):
+    if x.dtype == types.float32:
+        return lambda x: x * _polynomial(x, _LOG1P)
+
+    def compiled(x):
+        w = x / (x + 2.0)
+        return 2.0 * w * _polynomial(w * w, _ATANH)
+
+    return compiled
+
+
+def sigmoid(x):
+    """1 / (1 + exp(-x))."""
+    raise NotImplementedError("for numba")
+
+
+@overload(sigmoid, inline="always")
+def _(x):
+    low = -_HIGH[x.dtype]
+
+    def compiled(x):
+        y = x * LOG2_E
+        return 1.0 / (1.0 + exp2(0.0 - where_less(y, low, low, y)))
+
+    return compiled
+
+
+@register_jitable
+def softplus(x):
+    """log(1 + exp(x)), and its derivative."""
+    small = exp2(where_less(x, 0.0, x, 0.0 - x) * LOG2_E)
+    return where_less(x, 0.0, 0.0, x) + log1p(small), where_less(x, 0.0, small, 1.0) / (1.0 + small)

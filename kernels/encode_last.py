@@ -1,0 +1,199 @@
+"""Item ids in, query vectors out, for inference: the kernels of a folded one-layer M2Rec behind one custom op.
+
+Up to 64 basis columns (L = 310 at theta = 0.1, and any L without a filter) it takes two launches, and between them only
+[B, E] is in memory: `_encode_last_scan` goes from ids to the scan's output, `_encode_last_head` on to the query. Three
+where the filter comes before in_proj, as z then needs a sum over the row. With more columns the row's columns P
+[B, R, E] and u [B, L, E] go through memory first (`_encode_last_rows`), and dt, B and the exponentials still do not.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from ._common import dot_precision, triton_dtype
+from ._encode_last_head import encode_last_head_kernel
+from ._encode_last_rows import columns_kernel, filtered_gate_kernel, rows_kernel
+from ._encode_last_scan import encode_last_scan_kernel
+from ._nodes import accepted
+
+# The order of the op's list of weights.
+WEIGHTS = (
+    "u_table", "z_table", "taps", "conv_bias", "basis", "gain", "offset", "last_weights",
+    "step_down", "step_up", "step_bias", "B_weight", "C_weight", "A", "D", "scan_norm_weight", "scan_norm_bias",
+    "out_proj", "norm_weight", "norm_bias", "fc1", "fc1_bias", "fc2", "fc2_bias", "ffn_norm_weight", "ffn_norm_bias",
+    "mix", "mix_bias", "text_table", "gate_weight", "gate_table",
+)  # fmt: skip
+
+# More columns than these do not fit in registers beside what phase two of the scan needs.
+MAX_COLUMNS = 64
+MAX_CHANNELS, MAX_STATES = 256, 64
+BLOCK_T = 16
+
+
+def _types(dtype: torch.dtype) -> dict[str, Any]:
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    return {"ACC": triton_dtype(acc), "DOT": triton_dtype(dtype), "PRECISION": dot_precision(dtype)}
+
+
+def _block(size: int) -> int:
+    return max(16, triton.next_power_of_2(size))
+
+
+def launch_rows(
+    item_ids: Tensor, lengths: Tensor, w: dict[str, Any], placement: str, stride: int, max_len: int
+) -> Tensor:
+    """u [B, ceil(L / stride), E] through memory, the last position first; places without a position are not written."""
+    spectra, _, columns = w["basis"].shape
+    (batch, seqlen), channels = item_ids.shape, w["u_table"].shape[1]
+    dtype = w["u_table"].dtype
+    types = _types(dtype)
+    block_e = min(_block(channels), 128)
+    shared = {
+        "PER_LENGTH": spectra > 1, "INNER": placement == "inner", "TAPS": len(w["taps"]), "BLOCK_R": 64,
+        "BLOCK_E": block_e, "ACC": types["ACC"], "PRECISION": types["PRECISION"],
+    }  # fmt: skip
+    p = torch.empty(batch, columns, channels, dtype=dtype, device=item_ids.device)
+    columns_kernel[(batch, columns // 64, triton.cdiv(channels, block_e))](
+        item_ids, lengths, w["u_table"], w["taps"], w["conv_bias"], w["basis"], w["gain"], w["offset"], p,
+        max_len, columns, channels, *item_ids.stride(), **shared, DOT=types["DOT"], BLOCK_T=32, num_warps=8,
+    )  # fmt: skip
+    kept_slots = triton.cdiv(seqlen, stride)
+    u = torch.empty(batch, kept_slots, channels, dtype=dtype, device=item_ids.device)
+    rows_kernel[(batch, triton.cdiv(kept_slots, 64), triton.cdiv(channels, block_e))](
+        lengths, p, w["taps"], w["conv_bias"], w["basis"], u, max_len, kept_slots, stride, columns, channels,
+        **shared, BLOCK_T=64, num_warps=8,
+    )  # fmt: skip
+    return u
+
+
+def launch_scan(
+    item_ids: Tensor, lengths: Tensor, w: dict[str, Any], u: Tensor | None, placement: str, stride: int, max_len: int,
+    splits: int, rates: Tensor | None, coefficients: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The scan's output at the last position with D u, in parts: [splits, B, E], float32 at least."""
+    (batch, seqlen), (dstate, channels) = item_ids.shape, w["A"].shape
+    dtype = w["u_table"].dtype
+    rank = w["step_up"].shape[0]
+    spectra, columns = (1, 16) if w["basis"] is None else w["basis"].shape[::2]
+    nodes = 0 if coefficients is None else len(coefficients)
+    device, acc = item_ids.device, w["A"].dtype
+    parts = torch.empty(splits, batch, channels, dtype=acc, device=device)
+    scratch = torch.empty(0 if nodes else batch * splits * 2 * dstate * BLOCK_T, dtype=acc, device=device)
+    block_r = columns if u is None else 16
+    reload = u is None and placement != "none"
+    columns_scratch = torch.empty(batch * splits * block_r * channels if reload else 0, dtype=dtype, device=device)
+    encode_last_scan_kernel[(batch, splits)](
+        item_ids, lengths, u, *(w[name] for name in WEIGHTS if name in SCAN_WEIGHTS), rates, coefficients,
+        parts, scratch, columns_scratch, max_len, triton.cdiv(seqlen, stride), stride, 0, channels, dstate, rank,
+        *item_ids.stride(), SOURCE=placement if u is None else "given", PER_LENGTH=spectra > 1, TAPS=len(w["taps"]),
+        SPLITS=splits, NODES=nodes, LOW=dtype == torch.float32, BLOCK_T=BLOCK_T,
+        BLOCK_R=block_r, RELOAD=reload, BLOCK_E=_block(channels), BLOCK_N=_block(dstate),
+        BLOCK_RANK=_block(rank), **_types(dtype), **_scan_options(dtype, nodes),
+    )  # fmt: skip
+    return parts
+
+
+SCAN_WEIGHTS = frozenset(
+    {
+        "u_table", "taps", "conv_bias", "basis", "gain", "offset", "step_down", "step_up", "step_bias",
+        "B_weight", "C_weight", "A", "D",
+    }
+)  # fmt: skip
+
+
+def _scan_options(dtype: torch.dtype, nodes: int) -> dict[str, Any]:
+    return {"num_warps": 4 if nodes else 8, "num_stages": 1, "BLOCK_L": 16}
+
+
+def launch_gate(item_ids: Tensor, lengths: Tensor, z_table: Tensor, weights: Tensor) -> Tensor:
+    """z [B, E] at the last position where it is filtered; float32 at least."""
+    batch, channels = len(item_ids), z_table.shape[1]
+    z = torch.empty(batch, channels, dtype=weights.dtype, device=item_ids.device)
+    block_e = min(_block(channels), 128)
+    filtered_gate_kernel[(batch, triton.cdiv(channels, block_e))](
+        item_ids, lengths, z_table, weights, z, weights.shape[1], channels, *item_ids.stride(),
+        BLOCK_T=32, BLOCK_E=block_e, ACC=triton_dtype(weights.dtype), num_warps=4,
+    )  # fmt: skip
+    return z
+
+
+def launch_head(
+    item_ids: Tensor, lengths: Tensor, parts: Tensor, z: Tensor | None, w: dict[str, Any], gate: str, residual: bool,
+    eps: float,
+) -> Tensor:  # fmt: skip
+    """The query vectors [B, D]."""
+    batch, (channels, dim) = len(item_ids), w["out_proj"].shape
+    hidden = w["fc1"].shape[1]
+    dtype = w["u_table"].dtype
+    query = torch.empty(batch, dim, dtype=dtype, device=item_ids.device)
+    block_b = 32
+    encode_last_head_kernel[(triton.cdiv(batch, block_b),)](
+        item_ids, lengths, parts, z, w["z_table"], *(w[name] for name in WEIGHTS[WEIGHTS.index("scan_norm_weight") :]),
+        query, batch, eps, dim, channels, hidden, *item_ids.stride(),
+        SPLITS=len(parts), HAS_Z=z is not None, SCAN_NORM=w["scan_norm_weight"] is not None, GATE=gate,
+        RESIDUAL=residual, BLOCK_B=block_b, BLOCK_D=_block(dim), BLOCK_E=_block(channels),
+        BLOCK_H=min(_block(hidden), 64), **_types(dtype), num_warps=4,
+    )  # fmt: skip
+    return query
+
+
+@torch.library.custom_op("fastm2rec::encode_last", mutates_args=())
+def _op(
+    item_ids: Tensor,
+    lengths: Tensor,
+    weights: Sequence[Tensor | None],
+    rates: Tensor | None,
+    coefficients: Tensor | None,
+    placement: str,
+    stride: int,
+    max_len: int,
+    gate: str,
+    residual: bool,
+    eps: float,
+    splits: int,
+) -> Tensor:
+    w = dict(zip(WEIGHTS, weights, strict=True))
+    u = z = None
+    if not len(item_ids):
+        return w["u_table"].new_empty(0, w["out_proj"].shape[1])
+    if w["basis"] is not None and w["basis"].shape[2] > MAX_COLUMNS:
+        u = launch_rows(item_ids, lengths, w, placement, stride, max_len)
+    parts = launch_scan(
+        item_ids, lengths, w, u, placement, stride, max_len, splits, rates, coefficients
+    )  # fmt: skip
+    if w["last_weights"] is not None:
+        z = launch_gate(item_ids, lengths, w["z_table"], w["last_weights"])
+    return launch_head(item_ids, lengths, parts, z, w, gate, residual, eps)
+
+
+@_op.register_fake
+def _(
+    item_ids, lengths, weights, rates, coefficients, placement, stride, max_len, gate, residual, eps, splits
+):  # fmt: skip
+    return weights[0].new_empty(item_ids.shape[0], weights[WEIGHTS.index("out_proj")].shape[1])
+
+
+def encode_last(item_ids: Tensor, lengths: Tensor, folded: Any) -> Tensor:
+    """As `fastm2rec.reference.encode_last.encode_last`, with `folded.exponentials` in `folded.splits` parts of a row.
+
+    Raises:
+        ValueError: more channels or states than a program holds, or nodes asked for whose error is too large.
+    """
+    dstate, channels = folded.A.shape
+    for name, size, most in (("d_inner", channels, MAX_CHANNELS), ("d_state", dstate, MAX_STATES)):
+        if size > most:
+            raise ValueError(f"{name}: expected at most {most} in these kernels, got {size}; M2Rec.encode has no limit")
+    exponentials = folded.exponentials
+    if exponentials == "auto" and folded.u_table.dtype.itemsize > 2:
+        exponentials = "exact"
+    nodes = accepted(exponentials, folded.nodes)
+    rates, coefficients = (None, None) if nodes is None else (nodes.rates, nodes.coefficients)
+    return _op(
+        item_ids, lengths, [getattr(folded, name) for name in WEIGHTS], rates, coefficients, folded.placement,
+        folded.stride, folded.max_len, folded.gate, folded.residual, folded.eps, folded.splits,
+    )  # fmt: skip
