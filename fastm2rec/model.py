@@ -195,17 +195,34 @@ class Fusion(nn.Module):
             self.beta = nn.Parameter(torch.full(shape, 0.5))
         self.linear = nn.Linear(d, d)
 
-    def forward(self, h: Tensor, text: Tensor | None, impl: str) -> Tensor:
-        """h [B, D] and the text rows of each row's last item [B, T] (None without text) to [B, D]."""
+    def forward(self, h: Tensor, text: Tensor | None, ids: Tensor, impl: str) -> Tensor:
+        """The encoder's output and the text of the last items, mixed.
+
+        Args:
+            h: [B, D].
+            text: the text table [n_items + 1, T], or None without text.
+            ids: [B] int64, each row's last item.
+            impl: which implementation of the op.
+
+        Returns:
+            [B, D].
+        """
+        projected, rows = None, None
+        if text is not None:
+            if len(ids) < len(text):  # T is wide: the fewer rows are projected
+                projected = self.text_proj(text[ids])
+            else:
+                projected, rows = self.text_proj(text), ids
         context = self.gate == "context"
         constant = text is not None and not context
         return ops.gated_fusion(
             h,
-            None if text is None else self.text_proj(text),
+            projected,
             self.alpha if constant else None,
             self.beta if constant else None,
             self.linear.weight,
             self.linear.bias,
+            ids=rows,
             gate_weight=self.gate_proj.weight if context else None,
             gate_bias=self.gate_proj.bias if context else None,
             residual=self.residual,
@@ -282,10 +299,8 @@ class M2Rec(SequentialRecommender):
         h = self.encoder.run(self._embed(item_ids), lengths, last=True, impl=self.impl)
         if self.config.gate == "none":
             return h
-        text = None
-        if self.text is not None:
-            text = self.text[item_ids.gather(1, (lengths - 1).unsqueeze(1)).squeeze(1)]
-        return self.fusion(h, text, self.impl)
+        last = item_ids.gather(1, (lengths - 1).unsqueeze(1)).squeeze(1)
+        return self.fusion(h, self.text, last, self.impl)
 
     def hidden(self, item_ids: Tensor, lengths: Tensor) -> Tensor:
         item_ids, lengths = self.check_batch(item_ids, lengths)
@@ -293,8 +308,7 @@ class M2Rec(SequentialRecommender):
         h = self.encoder.run(self._embed(item_ids), lengths, last=False, impl=self.impl)[:, :seqlen]
         if self.config.gate == "none":
             return h
-        text = None if self.text is None else self.text[item_ids].flatten(0, 1)
-        return self.fusion(h.flatten(0, 1), text, self.impl).unflatten(0, item_ids.shape)
+        return self.fusion(h.flatten(0, 1), self.text, item_ids.flatten(), self.impl).unflatten(0, item_ids.shape)
 
     def _embed(self, item_ids: Tensor) -> Tensor:
         """Embedded, normalised items [B, L, D]; L is max_len where the filter transforms all slots."""

@@ -98,6 +98,17 @@ def test_queries_and_gradients(fields: dict[str, Any], device: torch.device) -> 
             assert lost <= SLACK * worst + BAND * torch.finfo(torch.float32).eps, f"{other}: {key} loses {lost:.1e}"
 
 
+def test_a_batch_larger_than_the_catalogue_projects_the_text_once(device: torch.device) -> None:
+    model = _model({"text_dim": T}, device).eval()
+    item_ids = torch.randint(1, N_ITEMS + 1, (2 * N_ITEMS, LENGTH), device=device)
+    lengths = torch.full((2 * N_ITEMS,), LENGTH, device=device)
+    for name in ("reference", *_others(device)):
+        model.impl = name
+        together = model.encode(item_ids, lengths)
+        apart = torch.cat([model.encode(*rows) for rows in zip(item_ids.split(4), lengths.split(4), strict=True)])
+        torch.testing.assert_close(together, apart)
+
+
 @pytest.mark.parametrize("placement", ["inner", "input", "none"])
 def test_every_position(placement: Any, device: torch.device) -> None:
     encoder = M2RecEncoder(filter_placement=placement, max_len=LENGTH, d_model=16, d_state=3, dropout=0.0).to(device)
