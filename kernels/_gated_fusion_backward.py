@@ -32,7 +32,7 @@ from ._gather_backward import launch_gather_backward
 
 # Tiles of a weight's gradient times parts of the batch: about one program for each multiprocessor.
 PROGRAMS = 128
-WEIGHT_ROWS, WEIGHT_TILE, WEIGHT_WARPS = 64, 64, 4
+WEIGHT_TILE, WEIGHT_WARPS = 64, 8
 
 
 @triton.jit
@@ -188,16 +188,17 @@ def _launch_weights(left: Tensor, operands: Operands, gates: Tensor, right: str)
     arithmetic = operands.arithmetic
     block = min(WEIGHT_TILE, triton.next_power_of_2(max(16, dim)))
     tiles = triton.cdiv(outputs, block) * triton.cdiv(dim, block)
-    row_blocks = triton.cdiv(batch, WEIGHT_ROWS)
+    rows = 64 if arithmetic.dot.itemsize == 2 else 32  # at a time; 64 of float32 spill
+    row_blocks = triton.cdiv(batch, rows)
     part_blocks = max(1, triton.cdiv(row_blocks, max(1, PROGRAMS // (tiles * halves))))
     parts = triton.cdiv(row_blocks, part_blocks)
     d_weight = left.new_empty(parts, outputs, halves * dim, dtype=arithmetic.acc)
     d_bias = left.new_empty(parts, outputs, dtype=arithmetic.acc)
     gated_fusion_bwd_weights_kernel[(tiles, parts, halves)](
         left, *operands[:5], gates, d_weight, d_bias,
-        batch, operands.table_rows, part_blocks * WEIGHT_ROWS, outputs, *left.stride(), *operands.strides,
+        batch, operands.table_rows, part_blocks * rows, outputs, *left.stride(), *operands.strides,
         D=dim, RIGHT=right, GATHER=operands.ids is not None,
-        BLOCK_B=WEIGHT_ROWS, BLOCK_K=block, **arithmetic.constexprs, num_warps=WEIGHT_WARPS,
+        BLOCK_B=rows, BLOCK_K=block, **arithmetic.constexprs, num_warps=WEIGHT_WARPS,
     )  # fmt: skip
     return d_weight.sum(0), d_bias.sum(0)
 

@@ -34,7 +34,7 @@ def _add_up(
 
 
 @triton.jit
-def whole_chunks_kernel(
+def gather_bwd_chunks_kernel(
     dy_ptr, rows_ptr, order_ptr, sums_ptr, channels,
     CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -50,7 +50,7 @@ def whole_chunks_kernel(
 
 
 @triton.jit
-def rows_kernel(
+def gather_bwd_rows_kernel(
     dy_ptr, rows_ptr, order_ptr, ends_ptr, sums_ptr, d_table_ptr, channels,
     CHUNK: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
@@ -84,10 +84,10 @@ def launch_gather_backward(dy: Tensor, ids: Tensor, table: Tensor) -> Tensor:
     blocks = triton.cdiv(channels, BLOCK_C)
     tiles = {"CHUNK": CHUNK, "BLOCK_R": BLOCK_R, "BLOCK_C": BLOCK_C, "ACC": triton_dtype(dy.dtype)}
     if count >= CHUNK:
-        whole_chunks_kernel[(count // CHUNK, blocks)](
+        gather_bwd_chunks_kernel[(count // CHUNK, blocks)](
             dy, rows, order, sums, channels, **tiles, num_warps=NUM_WARPS
         )  # fmt: skip
-    rows_kernel[(count, blocks)](
+    gather_bwd_rows_kernel[(count, blocks)](
         dy, rows, order, ends, sums, d_table, channels, **tiles, num_warps=NUM_WARPS
     )  # fmt: skip
     return d_table
