@@ -105,12 +105,22 @@ def last_state(
     delta_bias: Tensor | None = None,
     delta_softplus: bool = False,
     lengths: Tensor | None = None,
-    **_: Any,
+    exponentials: str = "exact",
+    nodes: object = None,
+    splits: int = 1,
 ) -> Tensor:
     """As `fastm2rec.reference.last_state.last_state`: the scan at all positions, of which one is kept.
 
     Later positions do not change earlier ones, so what stands in the padding does not matter.
+
+    Raises:
+        ImplementationError: as `selective_scan`, and exponentials or splits that are this package's kernels' own.
     """
+    if exponentials == "nodes" or splits != 1:
+        raise ImplementationError(
+            f"impl='mamba_ssm': its scan has exact exponentials and no splits, got exponentials={exponentials!r} and "
+            f"splits={splits}; impl='triton' has both"
+        )
     everywhere = C.unsqueeze(2).expand(-1, -1, u.shape[2])
     y = selective_scan(u, delta, A, B, everywhere, D, None, delta_bias, delta_softplus)
     assert isinstance(y, Tensor)

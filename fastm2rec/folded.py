@@ -22,7 +22,7 @@ from . import ops
 from .basis import column_frequencies, mask_gain, n_columns, row_basis
 from .config import FilterPlacement, M2RecConfig
 from .impl import AUTO
-from .kernels._nodes import EXPONENTIALS, Nodes, fit_nodes
+from .kernels._nodes import EXPONENTIALS, Nodes, accepted, fit_nodes
 from .model import LAYER_NORM_EPS, Layer, M2Rec
 
 # Kernels take up to this many columns in one tile, and more of them in tiles of this many.
@@ -209,6 +209,7 @@ def fold(model: M2Rec, *, exponentials: str = "auto", splits: int = 1) -> Folded
     layer = model.encoder.layers[0]
     assert isinstance(layer, Layer)
     mamba = layer.mamba
+    assert mamba.conv1d.bias is not None
     norm = model.input_norm
     items = F.layer_norm(
         wide(model.item_embedding.weight), (config.d_model,), wide(norm.weight), wide(norm.bias), LAYER_NORM_EPS
@@ -219,6 +220,8 @@ def fold(model: M2Rec, *, exponentials: str = "auto", splits: int = 1) -> Folded
     step_down, B_weight, C_weight = wide(mamba.x_proj.weight).t().split([rank, states, states], dim=1)
     conv_weight = wide(mamba.conv1d.weight).squeeze(1)
     A = -torch.exp(wide(mamba.A_log))
+    nodes = fit_nodes(A)
+    accepted(exponentials, nodes)
     filter = _filter(layer, config.max_len, items)
     folded = Folded(
         stride=config.stride,
@@ -251,7 +254,7 @@ def fold(model: M2Rec, *, exponentials: str = "auto", splits: int = 1) -> Folded
         ffn_norm_weight=wide(layer.ffn.norm.weight),
         ffn_norm_bias=wide(layer.ffn.norm.bias),
         **_gate(model, wide),
-        nodes=fit_nodes(A),
+        nodes=nodes,
     )
     return folded.to(dtype=dtype)
 
@@ -264,19 +267,22 @@ def _filter(layer: Layer, max_len: int, like: Tensor) -> dict[str, Any]:
     filter = layer.filter
     theta = filter.theta.double() if isinstance(filter.theta, Tensor) else filter.theta
     columns = n_columns(max_len, theta if isinstance(theta, float) else None, filter.kind)
-    first = max_len if filter.spectrum == "padded" else 1
-    lengths = torch.arange(first, max_len + 1, device=like.device)
-    basis = row_basis(lengths, max_len, columns, filter.kind, torch.float64)
-    frequencies = column_frequencies(lengths, columns, filter.kind, torch.float64)
-    gain = mask_gain(frequencies, theta, filter.mask, filter.tau)
     extra = _whole_tiles(columns) - columns
-    found: dict[str, Any] = {"basis": F.pad(basis, (0, extra)), "gain": F.pad(gain, (0, extra))}
-    if layer.placement == "inner":
-        found["offset"] = F.pad(gain * basis.sum(1), (0, extra))
-    else:
-        last = basis[0] if len(basis) == 1 else basis.diagonal().t()  # row n - 1: position n - 1 of length n
-        found["last_weights"] = ((last * gain).unsqueeze(1) @ basis.mT).squeeze(1)
-    return {**none, "placement": layer.placement, **{name: x.to(like.dtype) for name, x in found.items()}}
+    names = ("basis", "gain", "offset" if layer.placement == "inner" else "last_weights")
+    parts: list[tuple[Tensor, ...]] = []
+    lengths = torch.arange(max_len if filter.spectrum == "padded" else 1, max_len + 1, device=like.device)
+    for some in lengths.split(64):  # float64 bases of all lengths at once would be large
+        basis = F.pad(row_basis(some, max_len, columns, filter.kind, torch.float64), (0, extra))
+        frequencies = column_frequencies(some, columns, filter.kind, torch.float64)
+        gain = F.pad(mask_gain(frequencies, theta, filter.mask, filter.tau), (0, extra))
+        if layer.placement == "inner":
+            third = gain * basis.sum(1)
+        else:
+            last = basis[0] if filter.spectrum == "padded" else basis[torch.arange(len(some)), some - 1]
+            third = ((last * gain).unsqueeze(1) @ basis.mT).squeeze(1)
+        parts.append(tuple(x.to(like.dtype) for x in (basis, gain, third)))
+    found = {name: torch.cat(column) for name, column in zip(names, zip(*parts, strict=True), strict=True)}
+    return {**none, "placement": layer.placement, **found}
 
 
 def _whole_tiles(columns: int) -> int:

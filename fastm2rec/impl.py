@@ -10,6 +10,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ def _reference() -> dict[str, Callable[..., Any]]:
     # Imports in a function are late, and unlike importlib's they can be traced by torch.compile.
     from .reference.causal_conv1d import causal_conv1d
     from .reference.gated_fusion import gated_fusion
+    from .reference.last_scan import last_scan
     from .reference.last_state import last_state
     from .reference.selective_scan import selective_scan
     from .reference.spectral_projection import spectral_projection, spectral_projection_fft
@@ -32,11 +34,19 @@ def _reference() -> dict[str, Callable[..., Any]]:
     return {
         "causal_conv1d": causal_conv1d,
         "gated_fusion": gated_fusion,
+        "last_scan": last_scan,
         "last_state": last_state,
         "selective_scan": selective_scan,
         "spectral_projection": spectral_projection,
         "spectral_projection_fft": spectral_projection_fft,
     }
+
+
+def _cpu() -> dict[str, Callable[..., Any]]:
+    from .cpu.last_scan import last_scan
+    from .cpu.spectral_projection import spectral_projection
+
+    return {**_reference(), "last_scan": last_scan, "spectral_projection": spectral_projection}
 
 
 def _triton() -> dict[str, Callable[..., Any]]:
@@ -46,10 +56,12 @@ def _triton() -> dict[str, Callable[..., Any]]:
     from .kernels.selective_scan import selective_scan
     from .kernels.spectral_fft import spectral_projection_fft
     from .kernels.spectral_projection import spectral_projection
+    from .reference.last_scan import last_scan
 
     return {
         "causal_conv1d": causal_conv1d,
         "gated_fusion": gated_fusion,
+        "last_scan": partial(last_scan, scan=last_state),
         "last_state": last_state,
         "selective_scan": selective_scan,
         "spectral_projection": spectral_projection,
@@ -59,13 +71,21 @@ def _triton() -> dict[str, Callable[..., Any]]:
 
 def _mamba_ssm() -> dict[str, Callable[..., Any]]:
     from ._mamba_ssm import causal_conv1d, last_state, selective_scan
+    from .reference.last_scan import last_scan
 
     return {
         **_triton(),  # the ops around the scan
         "causal_conv1d": causal_conv1d,
+        "last_scan": partial(last_scan, scan=last_state),
         "last_state": last_state,
         "selective_scan": selective_scan,
     }
+
+
+def _cpu_lacks(device: str) -> str | None:
+    from .cpu import missing
+
+    return "the numba engine runs on CPUs only" if torch.device(device).type != "cpu" else missing()
 
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # here, as torch.compile could not trace the search
@@ -109,7 +129,7 @@ class _Implementation:
 
 _OPS = frozenset(
     {
-        "causal_conv1d", "gated_fusion", "last_state", "selective_scan", "spectral_projection",
+        "causal_conv1d", "gated_fusion", "last_scan", "last_state", "selective_scan", "spectral_projection",
         "spectral_projection_fft",
     }
 )  # fmt: skip
@@ -117,6 +137,7 @@ _OPS = frozenset(
 # In the order in which "auto" tries them.
 _IMPLEMENTATIONS: dict[str, _Implementation] = {
     "triton": _Implementation(_triton, _triton_lacks, frozenset({"cuda"})),
+    "cpu": _Implementation(_cpu, _cpu_lacks, frozenset({"cpu"})),
     "mamba_ssm": _Implementation(_mamba_ssm, _mamba_ssm_lacks, frozenset()),  # slower, and not deterministic
     "reference": _Implementation(_reference, lambda device: None, frozenset({"cpu", "cuda"})),
 }
@@ -167,3 +188,11 @@ def resolve(op: str, impl: str, device: torch.device | str) -> Callable[..., Any
         ImplementationError: as `chosen`.
     """
     return _IMPLEMENTATIONS[chosen(op, impl, device)].load()[op]
+
+
+def silu_in_scan(impl: str, device: torch.device | str) -> bool:
+    """Does the convolution's SiLU belong into `last_scan`, rather than behind the filter?
+
+    A CPU applies it to the few rows that its scan holds in the cache; a GPU's filter applies it before it writes.
+    """
+    return chosen("last_scan", impl, device) in ("cpu", "reference")

@@ -6,11 +6,14 @@ Parameters, their names, shapes and start values are those of `fastm2rec.referen
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from . import ops
+from .impl import silu_in_scan
 from .reference.mamba import Mamba as ReferenceMamba
 from .spectral import SpectralFilter, take
 
@@ -48,7 +51,7 @@ class Mamba(ReferenceMamba):
         """
         if filter is not None and not inner:  # z needs the filtered sequence at every position, too
             x, filter = filter(x, lengths, impl), None
-        u = self._convolved(x, lengths, filter, inner, impl).transpose(1, 2)
+        u = self._convolved(x, lengths, filter, inner, "silu", impl).transpose(1, 2)
         z = F.linear(x, *self._half(1))
         delta, B, C = self.x_proj(u.transpose(1, 2)).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         y = ops.selective_scan(
@@ -89,26 +92,36 @@ class Mamba(ReferenceMamba):
         z = F.linear(
             filter.last(x, lengths) if filter is not None and filtered else take(x, lengths - 1), *self._half(1)
         )
-        u = self._convolved(x, lengths, filter, inner, impl)
+        gate = None if self.scan_norm else z
+        if silu_in_scan(impl, x.device):
+            p = self._convolved(x, lengths, filter, inner, None, impl)
+            projections = (self.x_proj.weight, self.dt_proj.weight, self.dt_proj.bias)
+            y = ops.last_scan(p, *projections, self._state_matrix(), self.D, gate, lengths, stride, impl=impl)
+        else:
+            u = self._convolved(x, lengths, filter, inner, "silu", impl)
+            y = self._last_state(u, gate, lengths, stride, impl)
+        if self.scan_norm:
+            y = self.norm(y) * F.silu(z)
+        return self.out_proj(y)
+
+    def _last_state(self, u: Tensor, z: Tensor | None, lengths: Tensor, stride: int, impl: str) -> Tensor:
+        """The scan at the last position from u [B, L, E] after SiLU: [B, E]."""
         u, lengths = subsample(u, lengths, stride)
         states = self.dt_rank + self.d_state
         delta, B = F.linear(u, self.x_proj.weight[:states]).split([self.dt_rank, self.d_state], dim=-1)
-        y = ops.last_state(
+        return ops.last_state(
             u.transpose(1, 2),
             self._delta(delta),
             self._state_matrix(),
             B.transpose(1, 2),
             F.linear(take(u, lengths - 1), self.x_proj.weight[states:]),
             self.D,
-            z=None if self.scan_norm else z,
+            z=z,
             delta_bias=self.dt_proj.bias,
             delta_softplus=True,
             lengths=lengths,
             impl=impl,
         )
-        if self.scan_norm:
-            y = self.norm(y) * F.silu(z)
-        return self.out_proj(y)
 
     def _half(self, which: int) -> tuple[Tensor, Tensor | None]:
         """Weight and bias of the part of in_proj that makes u (0) or z (1)."""
@@ -124,13 +137,21 @@ class Mamba(ReferenceMamba):
         """Step sizes before bias and softplus, [B, L, dt_rank] to (B, dim, L)."""
         return F.linear(low_rank, self.dt_proj.weight).transpose(1, 2)
 
-    def _convolved(self, x: Tensor, lengths: Tensor, filter: SpectralFilter | None, inner: bool, impl: str) -> Tensor:
-        """u after SiLU, from the block's input: x [B, L, D] to [B, L, E]."""
+    def _convolved(
+        self,
+        x: Tensor,
+        lengths: Tensor,
+        filter: SpectralFilter | None,
+        inner: bool,
+        activation: Literal["silu"] | None,
+        impl: str,
+    ) -> Tensor:
+        """The scan's input u, or without the activation what SiLU makes it of: x [B, L, D] to [B, L, E]."""
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
         if filter is not None:
-            return filter.project(x, lengths, *self._half(0), weight, bias, conv_first=inner, impl=impl)
+            return filter.project(x, lengths, *self._half(0), weight, bias, inner, activation, impl)
         u = F.linear(x, *self._half(0)).transpose(1, 2)
-        return ops.causal_conv1d(u, weight, bias, "silu", impl=impl).transpose(1, 2)
+        return ops.causal_conv1d(u, weight, bias, activation, impl=impl).transpose(1, 2)
 
 
 def subsample(x: Tensor, lengths: Tensor, stride: int) -> tuple[Tensor, Tensor]:

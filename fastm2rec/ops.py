@@ -74,8 +74,8 @@ def _expect_ids(ids: Tensor, batch: int, n_rows: int, like: Tensor) -> None:
         raise ValueError(f"ids: expected values from 0 to {n_rows - 1}, got {int(low)} to {int(high)}")
 
 
-# From this many basis columns on, `spectral_projection_fft` should be the faster one for the padded Fourier spectrum. An
-# estimate until it is measured: a column costs 2 (C + C_out) operations a position on tensor cores, the transforms a
+# From this many basis columns on, `spectral_projection_fft` should be the faster one for the padded Fourier spectrum.
+# An estimate until it is measured: a column costs 2 (C + C_out) operations a position on tensor cores, the transforms a
 # fixed number of float32 trips through memory, and at 64 to 256 channels the two meet near here.
 FFT_COLUMNS = 1024
 
@@ -538,7 +538,7 @@ def encode_last(item_ids: Tensor, lengths: Tensor, folded: Folded, *, impl: str 
         raise ValueError(f"item_ids: expected shape [B, 1..{folded.max_len}], got {list(item_ids.shape)}")
     if item_ids.device != folded.device:
         raise ValueError(f"item_ids: expected device {folded.device}, that of the weights, got {item_ids.device}")
-    _expect_lengths(lengths, *item_ids.shape, item_ids)
+    _expect_lengths(lengths, item_ids.shape[0], item_ids.shape[1], item_ids)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in folded.tensors().values()):
         raise RuntimeError("encode_last is for inference and has no gradient; train with M2Rec.encode")
     if not (item_ids.is_cuda or torch.compiler.is_compiling()) and item_ids.numel():
@@ -546,4 +546,65 @@ def encode_last(item_ids: Tensor, lengths: Tensor, folded: Folded, *, impl: str 
         low, high = torch.aminmax(item_ids[real])
         if low < 1 or high > folded.n_items:
             raise ValueError(f"item_ids: expected ids from 1 to {folded.n_items}, got {int(low)} to {int(high)}")
-    return resolve("encode_last", impl, item_ids.device)(item_ids, lengths, folded)
+    return resolve("encode_last", impl, item_ids.device)(item_ids.long(), lengths.long(), folded)
+
+
+def last_scan(
+    p: Tensor,
+    x_proj_weight: Tensor,
+    dt_proj_weight: Tensor,
+    dt_proj_bias: Tensor | None,
+    A: Tensor,
+    D: Tensor,
+    z: Tensor | None,
+    lengths: Tensor,
+    stride: int = 1,
+    *,
+    impl: str = AUTO,
+) -> Tensor:
+    """What a Mamba block does between its convolution and its output projection, at each row's last position alone.
+
+    `u = silu(p)`, of it every stride-th position, counted back from lengths - 1; `delta, B, C = x_proj(u)`;
+    `dt = softplus(dt_proj(delta))`; then `last_state(u, dt, A, B, C, D, z)`.
+
+    Args:
+        p: [B, L, E], the convolution's output before SiLU, filtered where the filter is inside.
+        x_proj_weight: [dt_rank + 2 N, E], the rows of delta, B and C.
+        dt_proj_weight: [E, dt_rank].
+        dt_proj_bias: [E] or None.
+        A: [E, N], negative real.
+        D: [E], skip connection.
+        z: [B, E], output gate at the last position, or None.
+        lengths: [B] integers, 1 to L: the last position is lengths - 1, later ones do not count.
+        stride: 1 or more.
+        impl: which implementation.
+
+    Returns:
+        y [B, E], dtype of p.
+
+    Raises:
+        TypeError, ValueError: a tensor of the wrong dtype, device or shape, an L of 0, lengths out of range (the values
+            are checked on the CPU, outside compiled graphs), or a stride that is not a positive integer.
+        ImplementationError: `impl` cannot run here.
+
+    Source: arXiv 2312.00752 Algorithm 2, in closed form.
+    """
+    _expect_alike("p", p, {"x_proj_weight": x_proj_weight, "dt_proj_weight": dt_proj_weight,
+                           "dt_proj_bias": dt_proj_bias, "A": A, "D": D, "z": z})  # fmt: skip
+    sizes: dict[str, int] = {}
+    _expect_shape("p", p, ("B", "L", "E"), sizes)
+    _expect_shape("A", A, ("E", "N"), sizes)
+    _expect_shape("dt_proj_weight", dt_proj_weight, ("E", "dt_rank"), sizes)
+    _expect_shape("x_proj_weight", x_proj_weight, (sizes["dt_rank"] + 2 * sizes["N"], "E"), sizes)
+    for name, vector in (("dt_proj_bias", dt_proj_bias), ("D", D)):
+        if vector is not None:
+            _expect_shape(name, vector, ("E",), sizes)
+    if z is not None:
+        _expect_shape("z", z, ("B", "E"), sizes)
+    if sizes["L"] == 0:
+        raise ValueError("p: expected an L of at least 1, got 0")
+    if isinstance(stride, bool) or not isinstance(stride, int) or stride < 1:
+        raise ValueError(f"stride: expected an integer of at least 1, got {stride!r}")
+    _expect_lengths(lengths, sizes["B"], sizes["L"], p)
+    function = resolve("last_scan", impl, p.device)
+    return function(p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z, lengths, stride)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -61,22 +62,23 @@ class SpectralFilter(nn.Module):
         conv_weight: Tensor,
         conv_bias: Tensor | None,
         conv_first: bool,
+        activation: Literal["silu"] | None,
         impl: str = "auto",
     ) -> Tensor:
-        """`silu(conv(filter(x) W^T + b))`, or with `conv_first` `silu(filter(conv(x W^T + b)))`: one op, not four.
+        """`act(conv(filter(x) W^T + b))`, or with `conv_first` `act(filter(conv(x W^T + b)))`: one op, not four.
 
         x [B, L, C], lengths [B], weight [E, C], bias [E], conv_weight [E, width], conv_bias [E], to [B, L, E].
         """
         if self.is_identity or self._by_transform(x.shape[1]):
             u = F.linear(x if conv_first else self(x, lengths, impl), weight, bias).transpose(1, 2)
             if self.is_identity or not conv_first:
-                return ops.causal_conv1d(u, conv_weight, conv_bias, "silu", impl=impl).transpose(1, 2)
-            convolved = ops.causal_conv1d(u, conv_weight, conv_bias, impl=impl)
-            return F.silu(self(convolved.transpose(1, 2), lengths, impl))
+                return ops.causal_conv1d(u, conv_weight, conv_bias, activation, impl=impl).transpose(1, 2)
+            convolved = self(ops.causal_conv1d(u, conv_weight, conv_bias, impl=impl).transpose(1, 2), lengths, impl)
+            return F.silu(convolved) if activation == "silu" else convolved
         basis, gain = self._columns(x, lengths)
         return ops.spectral_projection(
             x, basis, gain, weight, bias,
-            conv_weight=conv_weight, conv_bias=conv_bias, conv_first=conv_first, activation="silu", impl=impl,
+            conv_weight=conv_weight, conv_bias=conv_bias, conv_first=conv_first, activation=activation, impl=impl,
         )  # fmt: skip
 
     def last(self, x: Tensor, lengths: Tensor) -> Tensor:

@@ -36,9 +36,7 @@ def _layer_norm(x, weight_ptr, bias_ptr, offs_c, columns, eps):
 
 
 @triton.jit
-def _times(
-    x, weight_ptr, offs_in, offs_out, n_in, n_out, stride, DOT: tl.constexpr, PRECISION: tl.constexpr
-):
+def _times(x, weight_ptr, offs_in, offs_out, n_in, n_out, stride, DOT: tl.constexpr, PRECISION: tl.constexpr):
     """x @ weight[offs_in, offs_out], for a weight with rows `stride` apart and n_in by n_out entries."""
     inside = (offs_in < n_in)[:, None] & (offs_out < n_out)[None, :]
     weight = tl.load(weight_ptr + offs_in[:, None] * stride + offs_out[None, :], mask=inside, other=0.0)

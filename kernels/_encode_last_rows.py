@@ -6,8 +6,8 @@
     input   P = m V^T p              u[t] = silu(sum_s w_s (V[t - s] P) + b)
     none                             u[t] = silu(conv(p)[t])
 
-P [R, E] is all that the scan needs of a row, and it stays on the chip where R is one tile. With more columns two
-kernels, one for P and one for u, go first, and the scan reads u from memory ("given").
+P [R, E] is all that the scan needs of a row. Where R is one tile the scan's program makes it itself. With more columns
+two kernels, one for P and one for u, go first, and the scan reads u from memory ("given").
 
 in_proj is not here: the tables have been multiplied by it. The bias of a convolution in front of the filter comes
 through `offset`, m times the sums of the columns, so that p is zero behind the row and only n + J - 1 slots count.
@@ -128,7 +128,8 @@ def columns_kernel(
     spectrum = spectrum_of(length, PER_LENGTH)
     p = filter_columns(
         table_ptr, ids_ptr + pid_b * stride_ids_b, taps_ptr, conv_bias_ptr,
-        basis_ptr + spectrum * slots * columns, gain_ptr, offset_ptr, spectrum, first_column, offs_e, length, slots, columns, E, stride_ids_t,
+        basis_ptr + spectrum * slots * columns, gain_ptr, offset_ptr, spectrum, first_column, offs_e,
+        length, slots, columns, E, stride_ids_t,
         INNER, TAPS, BLOCK_T, BLOCK_R, BLOCK_E, ACC, DOT, PRECISION,
     )  # fmt: skip
     offs_r = first_column + tl.arange(0, BLOCK_R)

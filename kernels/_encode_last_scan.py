@@ -3,10 +3,10 @@
     y[e] = sum_i g_ie sum_n C_n B_in exp(A_en T_ie) + D_e u_0e        g = delta u, T_i = sum of delta at i' < i
 
 i counts kept positions from the last one back: t_i = n - 1 - stride i. A program walks over chunks of BLOCK_T of them,
-so T grows from 0; what it keeps between chunks (T so far, y) is [BLOCK_T, BLOCK_E], so that nothing is reduced on the
-way. One program has all channels, because B, C and the step sizes are sums over them.
+so T grows from 0. One program has all channels, because B, C and the step sizes are sums over them.
 
 * T is a dot with a triangular matrix of ones; the steps go in as two TF32 numbers, exact to 22 bits.
+* P, and all weights, are read in every chunk anew: kept, they would take the registers of a second program.
 * exact: one exponential per (i, e, n). The columns of C B go through a little scratch memory: from there each lane
   takes the few numbers that it needs, which a shuffle or a one-hot product would cost more.
 * nodes (`_nodes.py`): two exponentials per (i, e), the others by squaring, and C B times the coefficients on tensor
@@ -21,48 +21,55 @@ import triton
 import triton.language as tl
 
 from ._common import LOG2E, silu, softplus
-from ._encode_last_rows import convolved, filter_columns, load_row, spectrum_of, synthesised
+from ._encode_last_rows import filter_columns, gathered, load_row, spectrum_of, synthesised
 
 SQRT2 = tl.constexpr(1.4142135623730951)
 
 
 @triton.jit
-def _ones_dot(ones, steps, start):
-    """start + ones @ steps, for a matrix of zeros and ones."""
+def _ones_dot(ones, steps):
+    """ones @ steps, for a matrix of zeros and ones."""
     if steps.dtype == tl.float64:
-        return tl.dot(ones.to(tl.float64), steps, start, out_dtype=tl.float64)
+        return tl.dot(ones.to(tl.float64), steps, out_dtype=tl.float64)
     else:
         # The bits that TF32 keeps, and the rest.
         leading = (steps.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
-        start = tl.dot(ones, leading, start, input_precision="tf32")
-        return tl.dot(ones, steps - leading, start, input_precision="tf32")
+        rest = tl.dot(ones, steps - leading, input_precision="tf32")
+        return tl.dot(ones, leading, rest, input_precision="tf32")
 
 
 @triton.jit
 def _u(
-    offs_i, p, columns_ptr, varying, u_ptr, ids_ptr, table_ptr, taps_ptr, conv_bias_ptr, basis_ptr, offs_r, offs_e,
+    offs_i, columns_ptr, varying, u_ptr, ids_ptr, table_ptr, taps_ptr, conv_bias_ptr, basis_ptr, offs_r, offs_e,
     length, stride, columns, E, stride_ids_t,
-    SOURCE: tl.constexpr, RELOAD: tl.constexpr, TAPS: tl.constexpr, ACC: tl.constexpr, PRECISION: tl.constexpr,
+    SOURCE: tl.constexpr, TAPS: tl.constexpr, BLOCK_T: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """u at kept positions i: [BLOCK_T, BLOCK_E]; finite where there is no such position."""
     offs_t = length - 1 - offs_i * stride
-    if SOURCE == "given":
-        inside = (offs_t >= 0)[:, None] & (offs_e < E)[None, :]
-        return tl.load(u_ptr + offs_i[:, None] * E + offs_e[None, :], mask=inside, other=0.0).to(ACC)
+    if (SOURCE == "inner") | (SOURCE == "input"):
+        place = columns_ptr + varying + offs_r[:, None] * E + offs_e[None, :]
+        p = tl.load(place, mask=(offs_e < E)[None, :], other=0.0)
+        x = synthesised(
+            p, taps_ptr + varying, basis_ptr, offs_t, offs_r, offs_e, columns, E,
+            SOURCE == "inner", TAPS, ACC, PRECISION,
+        )  # fmt: skip
     else:
-        if RELOAD:
-            place = columns_ptr + varying + offs_r[:, None] * E + offs_e[None, :]
-            p = tl.load(place, mask=(offs_e < E)[None, :], other=0.0)
-        if SOURCE == "none":
-            x = convolved(table_ptr, ids_ptr, taps_ptr, offs_t, offs_e, length, E, stride_ids_t, TAPS, ACC)
+        # The identity times rows gives the tile the layout of all other dots; without it, work is replicated.
+        same = (tl.arange(0, BLOCK_T)[:, None] + varying == tl.arange(0, BLOCK_T)[None, :]).to(DOT)
+        if SOURCE == "given":
+            inside = (offs_t >= 0)[:, None] & (offs_e < E)[None, :]
+            rows = tl.load(u_ptr + offs_i[:, None] * E + offs_e[None, :], mask=inside, other=0.0)
+            x = tl.dot(same, rows, input_precision=PRECISION, out_dtype=ACC)
         else:
-            x = synthesised(
-                p, taps_ptr, basis_ptr, offs_t, offs_r, offs_e, columns, E,
-                SOURCE == "inner", TAPS, ACC, PRECISION,
-            )  # fmt: skip
-        if SOURCE != "inner":
-            x += load_row(conv_bias_ptr, offs_e, E, ACC)[None, :]
-        return silu(x)
+            x = tl.zeros([BLOCK_T, offs_e.shape[0]], ACC)
+            for s in tl.static_range(TAPS):
+                rows = gathered(table_ptr, ids_ptr, offs_t - s, offs_e, length, E, stride_ids_t, DOT)
+                w = load_row(taps_ptr + varying + s * E, offs_e, E, ACC)
+                x += w[None, :] * tl.dot(same, rows, input_precision=PRECISION, out_dtype=ACC)
+    if (SOURCE == "input") | (SOURCE == "none"):
+        x += load_row(conv_bias_ptr + varying, offs_e, E, ACC)[None, :]
+    return x if SOURCE == "given" else silu(x)
 
 
 @triton.jit
@@ -98,20 +105,17 @@ def _weights_exact(CB, T, A_ptr, scratch_ptr, offs_r, offs_n, offs_e, varying, E
 
 
 @triton.jit
-def _weights_nodes(CB, T, rate, coefficients, LOW: tl.constexpr, NODES: tl.constexpr):
+def _weights_nodes(CB, T, rate, coefficients, NODES: tl.constexpr):
     """The same through nodes; arithmetic is float32."""
     largest = tl.max(tl.abs(CB), axis=1)
     CB *= (1.0 / tl.where(largest == 0.0, 1.0, largest))[:, None]
-    high = CB.to(tl.float16)
+    CB = CB.to(tl.float16)
     exponent = T * rate[None, :]
     weights = tl.zeros([T.shape[0], T.shape[1]], T.dtype)
     for chain in tl.static_range(2):
         power = tl.exp2(exponent) if chain == 0 else tl.exp2(exponent * SQRT2)
         for q in tl.static_range(chain, NODES, 2):
-            product = tl.dot(high, coefficients[q])
-            if LOW:
-                product = tl.dot((CB - high.to(tl.float32)).to(tl.float16), coefficients[q], product)
-            weights += product * power
+            weights += tl.dot(CB, coefficients[q]) * power
             power = power * power
     return weights * largest[:, None]
 
@@ -124,7 +128,7 @@ def encode_last_scan_kernel(
     slots, kept_slots, stride, zero, E: tl.constexpr, dstate: tl.constexpr, RANK: tl.constexpr,
     stride_ids_b, stride_ids_t,
     SOURCE: tl.constexpr, PER_LENGTH: tl.constexpr, TAPS: tl.constexpr, SPLITS: tl.constexpr,
-    NODES: tl.constexpr, LOW: tl.constexpr, RELOAD: tl.constexpr,
+    NODES: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_RANK: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -149,17 +153,14 @@ def encode_last_scan_kernel(
             length, slots, BLOCK_R, E, stride_ids_t,
             SOURCE == "inner", TAPS, BLOCK_L, BLOCK_R, BLOCK_E, ACC, DOT, PRECISION,
         )  # fmt: skip
-        if RELOAD:
-            columns_ptr += (pid_b * SPLITS + pid_split) * (BLOCK_R * E)
-            tl.store(columns_ptr + offs_column[:, None] * E + offs_e[None, :], p, mask=(offs_e < E)[None, :])
-            tl.debug_barrier()
-    else:
-        p = tl.zeros([1, 1], DOT)
+        columns_ptr += (pid_b * SPLITS + pid_split) * (BLOCK_R * E)
+        tl.store(columns_ptr + offs_column[:, None] * E + offs_e[None, :], p, mask=(offs_e < E)[None, :])
+        tl.debug_barrier()
 
     # C at the last position. Elementwise: a small dot here would set the layout of those in the loop.
     u = _u(
-        offs_r, p, columns_ptr, 0, u_ptr, ids_ptr, table_ptr, taps_ptr, conv_bias_ptr, basis_ptr, offs_column, offs_e,
-        length, stride, BLOCK_R, E, stride_ids_t, SOURCE, RELOAD, TAPS, ACC, PRECISION,
+        offs_r, columns_ptr, 0, u_ptr, ids_ptr, table_ptr, taps_ptr, conv_bias_ptr, basis_ptr, offs_column, offs_e,
+        length, stride, BLOCK_R, E, stride_ids_t, SOURCE, TAPS, BLOCK_T, ACC, DOT, PRECISION,
     )  # fmt: skip
     u = tl.where((offs_r == 0)[:, None], u, 0.0)
     u_last = tl.sum(u, axis=0)
@@ -173,35 +174,38 @@ def encode_last_scan_kernel(
     per_split = (chunks + SPLITS - 1) // SPLITS
     begin = tl.minimum(pid_split * per_split, chunks)
     end = tl.minimum(begin + per_split, chunks)
-    carry = tl.zeros([BLOCK_T, BLOCK_E], ACC)
+    carry = tl.zeros([BLOCK_E], ACC)
     if SPLITS > 1:
         before = tl.zeros([BLOCK_T, BLOCK_E], ACC)
         for chunk in range(begin):
             offs_i = chunk * BLOCK_T + offs_r
             u = _u(
-                offs_i, p, columns_ptr, chunk * zero, u_ptr, ids_ptr, table_ptr, taps_ptr, conv_bias_ptr, basis_ptr, offs_column, offs_e,
-                length, stride, BLOCK_R, E, stride_ids_t, SOURCE, RELOAD, TAPS, ACC, PRECISION,
+                offs_i, columns_ptr, chunk * zero * 16, u_ptr, ids_ptr, table_ptr, taps_ptr, conv_bias_ptr, basis_ptr,
+                offs_column, offs_e,
+                length, stride, BLOCK_R, E, stride_ids_t, SOURCE, TAPS, BLOCK_T, ACC, DOT, PRECISION,
             )  # fmt: skip
             before += _steps(
-                u, offs_i < kept, step_down_ptr, step_up_ptr, step_bias_ptr, offs_e, chunk * zero, E, RANK,
+                u, offs_i < kept, step_down_ptr, step_up_ptr, step_bias_ptr, offs_e, chunk * zero * 16, E, RANK,
                 BLOCK_RANK, DOT, PRECISION,
             )  # fmt: skip
-        carry += tl.sum(before, axis=0)[None, :]
-    coefficients = ()
+        carry += tl.sum(before, axis=0)
+    coefficients = ()  # grown by addition: Triton knows no unpacking
     rate = tl.zeros([BLOCK_E], ACC)
     if NODES > 0:
         rate += load_row(rates_ptr, offs_e, E, ACC) * -LOG2E
         mask_ne = (offs_n < dstate)[:, None] & (offs_e < E)[None, :]
         for q in tl.static_range(NODES):
             place = (q * dstate + offs_n[:, None]) * E + offs_e[None, :]
-            coefficients = coefficients + (tl.load(coefficients_ptr + place, mask=mask_ne, other=0.0),)
+            coefficient = tl.load(coefficients_ptr + place, mask=mask_ne, other=0.0)
+            coefficients = coefficients + (coefficient,)  # type: ignore[assignment]  # noqa: RUF005
     for chunk in range(begin, end):
         offs_i = chunk * BLOCK_T + offs_r
         # Loads at an offset that varies are made in the loop, instead of sitting in registers across it.
-        varying = chunk * zero
+        varying = chunk * zero * 16
         u = _u(
-            offs_i, p, columns_ptr, varying, u_ptr, ids_ptr, table_ptr, taps_ptr, conv_bias_ptr, basis_ptr, offs_column, offs_e,
-            length, stride, BLOCK_R, E, stride_ids_t, SOURCE, RELOAD, TAPS, ACC, PRECISION,
+            offs_i, columns_ptr, varying, u_ptr, ids_ptr, table_ptr, taps_ptr, conv_bias_ptr, basis_ptr,
+            offs_column, offs_e,
+            length, stride, BLOCK_R, E, stride_ids_t, SOURCE, TAPS, BLOCK_T, ACC, DOT, PRECISION,
         )  # fmt: skip
         B_weight = tl.load(B_ptr + varying + offs_e[:, None] * dstate + offs_n[None, :], mask=mask_en, other=0.0)
         CB = tl.dot(u.to(DOT), B_weight, input_precision=PRECISION, out_dtype=ACC) * C[None, :]
@@ -210,10 +214,10 @@ def encode_last_scan_kernel(
             BLOCK_RANK, DOT, PRECISION,
         )  # fmt: skip
         behind = offs_r[None, :] + varying
-        T = _ones_dot((offs_r[:, None] > behind).to(tl.float32), delta, carry)
-        carry = _ones_dot((offs_r[:, None] > behind - BLOCK_T).to(tl.float32), delta, carry)
+        T = carry[None, :] + _ones_dot((offs_r[:, None] > behind).to(tl.float32), delta)
+        carry += tl.sum(delta, axis=0)
         if NODES > 0:
-            weights = _weights_nodes(CB, T, rate, coefficients, LOW, NODES)
+            weights = _weights_nodes(CB, T, rate, coefficients, NODES)
         else:
             # Two places in turn: with one, a second barrier would have to keep the next chunk from overtaking.
             place = scratch_ptr + (chunk % 2) * (dstate * BLOCK_T)

@@ -3,11 +3,11 @@
     y[e] = sum_t delta_te u_te sum_n C_n B_tn exp(A_en T_te)        T_te = sum_{s > t} delta_se
 
 One warp walks over the positions of one row and block of channels, from the last one back, so that T grows from 0 and
-the positions that matter most have the most accurate one. A [N, BLOCK_E] and T stay in registers; nothing is reduced
+the positions that matter most have the most accurate one. A [N, BLOCK_E] and T stay in registers; little is reduced
 across lanes and nothing synchronises. T is a number and its rounding error (an exact sum of two): that costs eight
 additions a position and channel, and frees the result from the length of the row.
 
-Bound by the special-function unit: one exponential takes it eight cycles per warp; the rest issues in seven.
+Bound by the special-function unit: one exponential takes it eight cycles per warp; everything issues in six.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import triton.language as tl
 
 from ._common import LOG2E
 from ._last_state_output import write_output
-from ._last_state_steps import load_step, sum_of_steps, two_sum
+from ._last_state_steps import load_length, load_step, sum_of_steps, two_sum
 
 
 @triton.jit(do_not_specialize=["batch", "seqlen"])
@@ -40,9 +40,7 @@ def last_state_exact_kernel(
     bias = tl.zeros([BLOCK_E], ACC)
     if HAS_BIAS:
         bias += tl.load(bias_ptr + offs_e, mask=mask_e, other=0.0).to(ACC)
-    length = seqlen
-    if HAS_LENGTHS:
-        length = tl.load(lengths_ptr + pid_b).to(tl.int32)
+    length = load_length(lengths_ptr, pid_b, seqlen, HAS_LENGTHS)
     u_row, B_row = u_ptr + pid_b * stride_u_batch, B_ptr + pid_b * stride_B_batch
     delta_row = delta_ptr + pid_b * stride_delta_batch
 
@@ -83,7 +81,7 @@ def last_state_exact_kernel(
 
 
 def blocks(dim: int, dstate: int) -> dict[str, int]:
-    """One warp; as many channels as the registers hold beside A (A takes 64 of them, or 32 at 64 channels of 16)."""
+    """One warp, and as many channels as let A take 64 registers of each lane."""
     widest = {16: 128, 32: 64, 64: 32}[max(16, triton.next_power_of_2(dstate))]
     return {
         "BLOCK_N": triton.next_power_of_2(dstate),

@@ -20,6 +20,7 @@ import triton.language as tl
 
 from ._common import LOG2E, softplus
 from ._last_state_output import write_output
+from ._last_state_steps import load_length
 
 BLOCK_T = 16
 SQRT2 = tl.constexpr(1.4142135623730951)
@@ -83,9 +84,7 @@ def last_state_nodes_kernel(
     bias = tl.zeros([BLOCK_E], tl.float32)
     if HAS_BIAS:
         bias += tl.load(bias_ptr + offs_e, mask=mask_e, other=0.0).to(tl.float32)
-    length = seqlen
-    if HAS_LENGTHS:
-        length = tl.load(lengths_ptr + pid_b).to(tl.int32)
+    length = load_length(lengths_ptr, pid_b, seqlen, HAS_LENGTHS)
     u_row, B_row = u_ptr + pid_b * stride_u_batch, B_ptr + pid_b * stride_B_batch
     delta_row = delta_ptr + pid_b * stride_delta_batch
     coefficients = ()  # grown by addition: Triton knows no unpacking
@@ -113,7 +112,8 @@ def last_state_nodes_kernel(
         delta = _load_steps(delta_row, offs_t, offs_e, bias, dim, stride_delta_seqlen, stride_delta_dim, SOFTPLUS)
         CB = C[None, :] * B  # [BLOCK_T, BLOCK_N]
         largest = tl.max(tl.abs(CB), axis=1)
-        CB *= (1.0 / tl.where(largest == 0.0, 1.0, largest))[:, None]
+        scale = tl.where(largest < 1e-30, 1.0, largest)  # its inverse must be finite
+        CB *= (1.0 / scale)[:, None]
         high = CB.to(tl.float16)
         # The offset varies in the loop, so these matrices are made anew instead of sitting in registers across it.
         columns = offs_r[None, :] + i * zero
@@ -129,7 +129,7 @@ def last_state_nodes_kernel(
                     product = tl.dot((CB - high.to(tl.float32)).to(tl.float16), coefficients[q], product)
                 weights += product * power
                 power = power * power
-        total += weights * (delta * u * largest[:, None])
+        total += weights * (delta * u * scale[:, None])
 
     y = tl.sum(total, axis=0)
     if SPLITS > 1:

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 
 from ._common import silu
+from ._last_state_steps import load_length
 
 BLOCK_E = 128
 
@@ -50,9 +51,7 @@ def last_state_parts_kernel(
     for split in range(SPLITS):
         place = (split * tl.num_programs(0).to(tl.int64) + pid_b) * dim + offs_e
         total += tl.load(parts_ptr + place, mask=offs_e < dim, other=0.0)
-    last = seqlen - 1
-    if HAS_LENGTHS:
-        last = tl.load(lengths_ptr + pid_b).to(tl.int32) - 1
+    last = load_length(lengths_ptr, pid_b, seqlen, HAS_LENGTHS) - 1
     write_output(
         total, pid_b, last, offs_e, u_ptr, D_ptr, z_ptr, y_ptr, saved_ptr, dim,
         stride_u_batch, stride_u_dim, stride_u_seqlen, stride_z_batch, stride_z_dim, HAS_D, HAS_Z,

@@ -1,4 +1,4 @@
-"""Step sizes of a row, and their sums without rounding errors.
+"""A row's length, its step sizes, and their sums without rounding errors.
 
 The decay from a position to the last one depends on the sum of the steps between them. The forward pass sums from the
 last position back, the backward pass starts from the sum of all and subtracts; both must agree at the end of a row,
@@ -13,7 +13,16 @@ import triton.language as tl
 from ._common import softplus
 
 # Positions that are summed at once where nothing else is computed from them.
-BLOCK_T = tl.constexpr(8)
+BLOCK_T = tl.constexpr(4)
+
+
+@triton.jit
+def load_length(lengths_ptr, pid_b, seqlen, HAS_LENGTHS: tl.constexpr):
+    """The row's length, kept within 1 to seqlen: on a GPU nobody has looked at the values."""
+    length = seqlen
+    if HAS_LENGTHS:
+        length = tl.minimum(tl.maximum(tl.load(lengths_ptr + pid_b).to(tl.int32), 1), seqlen)
+    return length
 
 
 @triton.jit
@@ -22,12 +31,6 @@ def two_sum(a, b):
     total = a + b
     b_part = total - a
     return total, (a - (total - b_part)) + (b - b_part)
-
-
-@triton.jit
-def _add_pairs(a, a_rounding, b, b_rounding):
-    total, lost = two_sum(a, b)
-    return total, a_rounding + b_rounding + lost
 
 
 @triton.jit
@@ -56,4 +59,10 @@ def sum_of_steps(
             delta = softplus(delta)
         sums, lost = two_sum(sums, tl.where(inside, delta, 0.0))
         roundings += lost
-    return tl.reduce((sums, roundings), 0, _add_pairs)
+    total = tl.zeros([BLOCK_E], bias.dtype)
+    rounding = tl.sum(roundings, axis=0)
+    for row in tl.static_range(BLOCK_T):
+        one = tl.sum(tl.where((tl.arange(0, BLOCK_T) == row)[:, None], sums, 0.0), axis=0)
+        total, lost = two_sum(total, one)
+        rounding += lost
+    return total, rounding

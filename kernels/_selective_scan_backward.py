@@ -17,6 +17,7 @@ over four threads, with four channels in each, which a sum over channels wants: 
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -109,7 +110,7 @@ def _backward_kernel(
             j = groups - 1 - r
             t = t0 + j * STEPS
             h = tl.load(scratch_ptr + (scratch_n + j * BLOCK_N) * width + cols, mask=mask, other=0.0)
-            saved = ()
+            saved: tl.tuple = ()
             for i in tl.static_range(STEPS):
                 at = tl.minimum(t + i, length - 1).to(tl.int64)
                 u = tl.load(u_ptrs + (start + at) * stride_u_time, mask=mask_d, other=0.0).to(ACC)
@@ -118,12 +119,15 @@ def _backward_kernel(
                 delta = tl.where(t + i < length, step_size(raw, SOFTPLUS), 0.0)
                 b = tl.load(B_ptrs + at * BLOCK_N)
                 e = tl.exp2(delta[None, :] * a)
-                saved = saved + ((u, raw, delta, b, e, h),)  # noqa: RUF005  (Triton does not unpack)
+                saved = saved + ((raw, delta, e, h),)  # noqa: RUF005  (Triton does not unpack)
                 h = e * h + b[:, None] * (delta * u)[None, :]
             for i in tl.static_range(STEPS - 1, -1, -1):
                 here = t + i < length
                 at = tl.minimum(t + i, length - 1).to(tl.int64)
-                u, raw, delta, b, e, h_before = saved[i]
+                raw, delta, e, h_before = saved[i]
+                # u and B come from cache again: two positions' values of everything would not fit into registers.
+                u = tl.load(u_ptrs + (start + at) * stride_u_time, mask=mask_d, other=0.0).to(ACC)
+                b = tl.load(B_ptrs + at * BLOCK_N)
                 c = tl.load(C_ptrs + at * BLOCK_N)
                 gy = tl.load(dy_ptrs + (start + at) * stride_dy_time, mask=mask_d & here, other=0.0).to(ACC)
                 if HAS_Z:
@@ -188,16 +192,16 @@ def tile(block_n: int) -> tuple[int, int]:
     return (32, block_n // 16) if block_n <= 128 else (16, 8)
 
 
-def steps(dim: int) -> int:
-    """STEPS: 2 where channels can be loaded as vectors; else the addresses leave registers for one position alone."""
-    return 2 if dim % 16 == 0 else 1
+def steps(dim: int, block_n: int) -> int:
+    """STEPS: 2 where registers suffice, which the addresses of channels fill that cannot be loaded as vectors."""
+    return 2 if dim % 16 == 0 and block_n <= 128 else 1
 
 
 def _sum_blocks(partial: Tensor, like: Tensor) -> Tensor:
     """Partial sums [blocks, batch * L, BLOCK_N] as a gradient of `like` (batch, N, L), its states side by side."""
     batch, dstate, seqlen = like.shape
     total = like.new_empty(batch, seqlen, dstate)
-    block_n, block_t = partial.shape[2], max(1024 // partial.shape[2], 1)
+    block_n, block_t = partial.shape[2], max(512 // partial.shape[2], 1)
     _sum_blocks_kernel[(triton.cdiv(batch * seqlen, block_t),)](
         partial, total, batch * seqlen, dstate, partial.shape[0], BLOCK_T=block_t, BLOCK_N=block_n
     )
@@ -232,7 +236,7 @@ def backward(
     def like(tensor: Tensor | None) -> Tensor:
         return u.new_empty(0) if tensor is None else tensor.new_empty(batch, seqlen, dim)
 
-    def summed(*shape: int) -> Tensor:
+    def per_sequence(*shape: int) -> Tensor:
         return u.new_empty(n_sequences, *shape, dtype=dtype)
 
     du, ddelta, dz = like(u), like(delta), like(z)
@@ -240,9 +244,9 @@ def backward(
     z = None if z is None else channel_last(z, aligned=True)
     dB, dC = (u.new_empty(n_blocks, batch * seqlen, block_n, dtype=dtype) for _ in range(2))
     width = state_width(dim)
-    dA, dD, dbias = summed(block_n, width), summed(dim), summed(dim)
-    dinitial = summed(block_n, width)
-    scratch = summed(CHUNK // steps(dim), block_n, width)
+    dA, dD, dbias = per_sequence(block_n, width), per_sequence(dim), per_sequence(dim)
+    dinitial = per_sequence(block_n, width)
+    scratch = per_sequence(CHUNK // steps(dim, block_n), block_n, width)
     _backward_kernel[(n_sequences, n_blocks)](
         u, delta, states(A, block_n, dtype), rows(B, block_n, dtype), rows(C, block_n, dtype),
         None if D is None else D.contiguous(), z, None if delta_bias is None else delta_bias.contiguous(),
@@ -253,15 +257,25 @@ def backward(
         *strides(u), *strides(delta), *strides(z), *strides(dy),
         SOFTPLUS=delta_softplus, HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None,
         HAS_INITIAL=initial_state is not None, HAS_DLAST=dlast_state is not None, PACKED=cu_seqlens is not None,
-        CHUNK=CHUNK, STEPS=steps(dim), BLOCK_N=block_n, BLOCK_D=block_d, ACC=triton_dtype(dtype), num_warps=warps,
+        CHUNK=CHUNK, STEPS=steps(dim, block_n), BLOCK_N=block_n, BLOCK_D=block_d, ACC=triton_dtype(dtype),
+        num_warps=warps,
     )  # fmt: skip
-    absent = u.new_empty(0)
+
+    def gradient(value: Tensor, like: Tensor | None, summed: bool = True) -> Tensor:
+        """Contiguous, in the dtype of `like`; summed over sequences if asked."""
+        if like is None:
+            return u.new_empty(0)
+        value = value.sum(dim=0) if summed else value
+        return value.to(like.dtype, copy=True, memory_format=torch.contiguous_format)
+
     return (
-        du.transpose(1, 2), ddelta.transpose(1, 2),
-        dA.sum(dim=0)[:dstate, :dim].t().to(A.dtype),
-        _sum_blocks(dB, B), _sum_blocks(dC, C),
-        absent if D is None else dD.sum(dim=0).to(D.dtype),
+        du.transpose(1, 2),
+        ddelta.transpose(1, 2),
+        gradient(dA[:, :dstate, :dim].transpose(1, 2), A),
+        _sum_blocks(dB, B),
+        _sum_blocks(dC, C),
+        gradient(dD, D),
         dz if z is None else dz.transpose(1, 2),
-        absent.clone() if delta_bias is None else dbias.sum(dim=0).to(delta_bias.dtype),
-        absent.clone() if initial_state is None else dinitial[:, :dstate, :dim].transpose(1, 2).to(initial_state.dtype),
-    )  # fmt: skip
+        gradient(dbias, delta_bias),
+        gradient(dinitial[:, :dstate, :dim].transpose(1, 2), initial_state, summed=False),
+    )

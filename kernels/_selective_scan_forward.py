@@ -166,6 +166,11 @@ def tile(block_n: int) -> tuple[int, int]:
     return 32, max(block_n // 32, 1)
 
 
+def registers(block_n: int) -> int | None:
+    """How many a thread may have. Left alone, ptxas holds 32 states to 128 registers on sm_80 and spills."""
+    return 255 if block_n >= 32 else None
+
+
 def forward(
     u: Tensor,
     delta: Tensor,
@@ -193,7 +198,10 @@ def forward(
     width = state_width(dim)
     last_state = u.new_empty(n_sequences if save_last_state else 0, block_n, width, dtype=dtype)
     slots = n_checkpoints(batch, seqlen, cu_seqlens) if save_checkpoints else 0
+    # Where no kernel writes (behind dim, or a slot that no packed sequence needs) an op's output must not be arbitrary.
     checkpoints = u.new_empty(slots, block_n, width, dtype=dtype)
+    if width > dim or cu_seqlens is not None:
+        checkpoints.zero_()
     _forward_kernel[(n_sequences, triton.cdiv(dim, block_d))](
         u, delta, states(A, block_n, dtype), rows(B, block_n, dtype), rows(C, block_n, dtype),
         None if D is None else D.contiguous(), z, None if delta_bias is None else delta_bias.contiguous(),
@@ -205,6 +213,7 @@ def forward(
         SOFTPLUS=delta_softplus, HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None,
         HAS_INITIAL=initial_state is not None, PACKED=cu_seqlens is not None,
         SAVE_LAST=save_last_state, SAVE_CHECKPOINTS=save_checkpoints,
-        CHUNK=CHUNK, STEPS=STEPS, BLOCK_N=block_n, BLOCK_D=block_d, ACC=triton_dtype(dtype), num_warps=warps,
+        CHUNK=CHUNK, STEPS=STEPS, BLOCK_N=block_n, BLOCK_D=block_d, ACC=triton_dtype(dtype),
+        num_warps=warps, maxnreg=registers(block_n),
     )  # fmt: skip
     return y.transpose(1, 2), last_state.transpose(1, 2)[:, :dim, :dstate], checkpoints

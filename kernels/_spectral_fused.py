@@ -13,6 +13,8 @@ A bias in front of the filter comes through the basis' column sums k_s[r] = sum_
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import triton
 import triton.language as tl
@@ -21,14 +23,43 @@ from torch import Tensor
 from ._common import silu
 from ._spectral_transforms import Arithmetic, add_biases, analyse, basis_tile, block, strides, tap_count, tap_tile
 
-# What stays in registers bounds the tile of columns, taps and all. float32 dots are three TF32 ones with operands of their
-# own, and hold a quarter. Reported spill-free for sm_80, sm_90 and sm_100 at 4 taps; not yet timed on a device.
+# What stays in registers bounds the tile of columns, taps and all. float32 dots are three TF32 ones with operands of
+# their own, and hold a quarter. Reported spill-free for sm_80, sm_90 and sm_100 at 4 taps; not yet timed on a device.
 MAX_COLUMNS = 64
 _MAX_ROWS = {2: 256, 4: 64, 8: 64}  # by the size of a dot's operand
 _BLOCK_C = 32
 _NUM_WARPS = 8
 # Two programs a multiprocessor, where registers allow: the loads of one hide behind the other's dots.
 _REGISTERS = 128
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What the spectral projection of an x [B, L, C] takes: views with a batch axis, and the order of the parts.
+
+    The basis has no gaps in a row, so that offsets into it fit in 32 bits; the mask is [B, R, channels of what is
+    filtered].
+    """
+
+    basis: Tensor
+    mask: Tensor | None
+    weight: Tensor | None
+    bias: Tensor | None
+    conv_weight: Tensor | None
+    conv_bias: Tensor | None
+    filter_last: bool
+    silu: bool
+    arithmetic: Arithmetic
+
+    @property
+    def width(self) -> int:
+        """The taps of the convolution, 0 for none."""
+        return 0 if self.conv_weight is None else self.conv_weight.shape[1]
+
+    @property
+    def in_width(self) -> int:
+        """How many delays the spectrum of x is taken at."""
+        return max(1, self.width) if self.filter_last else 1
 
 
 def fits(columns: int, width: int, arithmetic: Arithmetic) -> bool:
@@ -102,10 +133,9 @@ def fused_kernel(
             s_place = (q_r * in_width + q_s)[:, None] * channels + offs_c[None, :]
             inside = ((q_r < columns) & (q_s < in_width) & mine)[:, None] & (offs_c < channels)[None, :]
             tl.store(s_ptr + pid_b * columns * in_width * channels + s_place, spectrum, mask=inside)
-        if HAS_MASK:
-            if not FILTER_LAST:
-                gains = _gains(mask_ptr, offs_r, offs_c, columns, channels, stride_mask_r, stride_mask_c)
-                spectrum *= gains.to(ACC)
+        if HAS_MASK & (not FILTER_LAST):
+            gains = _gains(mask_ptr, offs_r, offs_c, columns, channels, stride_mask_r, stride_mask_c)
+            spectrum *= gains.to(ACC)
         if HAS_WEIGHT:
             w_place = offs_c[:, None] * stride_weight_c + offs_o[None, :] * stride_weight_o
             inside = (offs_c < channels)[:, None] & (offs_o < out_channels)[None, :]
@@ -130,9 +160,8 @@ def fused_kernel(
             undelayed = tl.sum(tl.reshape(tl.where(q_s == 0, sums, 0.0), [IN_TAPS, BLOCK_R]), axis=0)
             conv_bias = tl.load(conv_bias_ptr + offs_o, mask=offs_o < out_channels, other=0.0).to(ACC)
             p += undelayed[:, None] * conv_bias[None, :]
-    if HAS_MASK:
-        if FILTER_LAST:
-            p *= _gains(mask_ptr, offs_r, offs_o, columns, out_channels, stride_mask_r, stride_mask_c).to(ACC)
+    if HAS_MASK & FILTER_LAST:
+        p *= _gains(mask_ptr, offs_r, offs_o, columns, out_channels, stride_mask_r, stride_mask_c).to(ACC)
     if OUT_TAPS > 1:
         offs_s = tl.arange(0, OUT_TAPS)
         taps = tap_tile(
@@ -157,41 +186,27 @@ def fused_kernel(
         tl.store(y_ptr + (pid_b * seqlen + t0) * out_channels + y_place, y.to(y_ptr.dtype.element_ty), mask=inside)
 
 
-def launch_fused(
-    x: Tensor,
-    basis: Tensor,
-    mask: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    conv_weight: Tensor | None,
-    conv_bias: Tensor | None,
-    arithmetic: Arithmetic,
-    *,
-    filter_last: bool,
-    silu: bool,
-    save: bool,
-) -> tuple[Tensor, Tensor]:
-    """y [B, L, C_out] and, empty unless `save`, S [B, R, width or 1, C]; basis [B, L, R], mask [B, R, filtered channels]."""
+def launch_fused(x: Tensor, op: Operands, *, save: bool) -> tuple[Tensor, Tensor]:
+    """y [B, L, C_out] and, empty unless `save`, V^T x [B, R, width if the filter is last, else 1, C]."""
     batch, seqlen, channels = x.shape
-    columns = basis.shape[2]
-    out_channels = channels if weight is None else weight.shape[0]
-    taps = 1 if conv_weight is None else tap_count(conv_weight.shape[1])
-    width = 1 if conv_weight is None else conv_weight.shape[1]
-    in_width = width if filter_last else 1
+    columns = op.basis.shape[2]
+    out_channels = channels if op.weight is None else op.weight.shape[0]
+    taps = tap_count(op.width) if op.width else 1
     y = torch.empty(batch, seqlen, out_channels, dtype=x.dtype, device=x.device)
-    s_shape = (batch, columns, in_width, channels) if save else (0,)
-    s = torch.empty(s_shape, dtype=arithmetic.acc, device=x.device)
-    half = arithmetic.dot.itemsize == 2
-    block_o = block(out_channels, 128 if half and taps == 1 else 64)
-    block_c = block(channels, _BLOCK_C) if weight is not None else block_o
+    s_shape = (batch, columns, op.in_width, channels) if save else (0,)
+    s = torch.empty(s_shape, dtype=op.arithmetic.acc, device=x.device)
+    half = op.arithmetic.dot.itemsize == 2
+    block_t = 32 if half and (taps == 1 or op.filter_last) else 16
+    block_o = block(out_channels, (128 if taps == 1 else 64) if half else 32)
+    block_c = block_o if op.weight is None else block(channels, _BLOCK_C)
     fused_kernel[(batch * triton.cdiv(out_channels, block_o),)](
-        x, basis, mask, weight, bias, conv_weight, conv_bias, y, s,
-        seqlen, columns, channels, out_channels, width,
-        *x.stride(), *basis.stride(), *strides(mask, 3), *strides(weight, 2), *strides(conv_weight, 2),
-        HAS_MASK=mask is not None, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
-        HAS_CONV_BIAS=conv_bias is not None, FILTER_LAST=filter_last, SILU=silu, SAVE=save,
-        IN_TAPS=taps if filter_last else 1, OUT_TAPS=1 if filter_last else taps,
-        BLOCK_T=32 if half and (taps == 1 or filter_last) else 16, BLOCK_R=block(columns, MAX_COLUMNS), BLOCK_C=block_c, BLOCK_O=block_o,
-        **arithmetic.constexprs, num_warps=_NUM_WARPS, maxnreg=_REGISTERS if half and taps == 1 else 255,
+        x, op.basis, op.mask, op.weight, op.bias, op.conv_weight, op.conv_bias, y, s,
+        seqlen, columns, channels, out_channels, op.width,
+        *x.stride(), *op.basis.stride(), *strides(op.mask, 3), *strides(op.weight, 2), *strides(op.conv_weight, 2),
+        HAS_MASK=op.mask is not None, HAS_WEIGHT=op.weight is not None, HAS_BIAS=op.bias is not None,
+        HAS_CONV_BIAS=op.conv_bias is not None, FILTER_LAST=op.filter_last, SILU=op.silu, SAVE=save,
+        IN_TAPS=taps if op.filter_last else 1, OUT_TAPS=1 if op.filter_last else taps,
+        BLOCK_T=block_t, BLOCK_R=block(columns, MAX_COLUMNS), BLOCK_C=block_c, BLOCK_O=block_o,
+        **op.arithmetic.constexprs, num_warps=_NUM_WARPS, maxnreg=_REGISTERS if half and taps == 1 else 255,
     )  # fmt: skip
     return y, s

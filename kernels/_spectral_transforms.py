@@ -22,9 +22,9 @@ from torch import Tensor
 
 from ._common import compute_dtype, dot_precision, silu, silu_grad, triton_dtype
 
-
 # Reported spill-free for sm_80, sm_90 and sm_100 with 4 taps, in float32 too; not yet timed on a device.
 _NUM_WARPS = 8
+_REGISTERS = 255  # the assembler's own choice is at times a few too low, and spills
 _MAX_ROWS = 64  # columns of the wide tile, taps and all
 _BLOCK_CHANNELS = 64
 
@@ -78,7 +78,7 @@ def add_biases(
     y, bias_ptr, conv_weight_ptr, conv_bias_ptr, offs_t, offs_o, width, channels, stride_conv_o, stride_conv_j,
     HAS_BIAS: tl.constexpr, HAS_CONV_BIAS: tl.constexpr, TAPS: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
-    """y [BLOCK_T, BLOCK_O] plus conv_bias plus bias, which passes through as many taps as there are positions so far."""
+    """y [BLOCK_T, BLOCK_O] plus conv_bias and bias, which passes through as many taps as there are positions so far."""
     inside = offs_o < channels
     if HAS_CONV_BIAS:
         y += tl.load(conv_bias_ptr + offs_o, mask=inside, other=0.0).to(ACC)[None, :]
@@ -103,8 +103,8 @@ def analyse_kernel(
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """S [B, columns, width, channels]; or COMBINE: dP = sum_s w_s S_s [B, columns, channels], and each block of columns'
-    share of dw_s = sum_r P[r] S_s[r] [B, column blocks, width, channels], P [B, columns, channels]."""
+    """S [B, columns, width, channels]; or COMBINE: dP = sum_s w_s S_s, as P [B, columns, channels], and each block of
+    columns' share of dw_s = sum_r P[r] S_s[r] [B, column blocks, width, channels]."""
     pid = tl.program_id(0).to(tl.int64)
     blocks_r, blocks_c = tl.cdiv(columns, BLOCK_R), tl.cdiv(channels, BLOCK_C)
     pid_b, pid_r, pid_c = pid // (blocks_r * blocks_c), (pid // blocks_c) % blocks_r, pid % blocks_c
@@ -210,7 +210,7 @@ def block(size: int, largest: int) -> int:
 
 
 def tap_count(width: int) -> int:
-    """How many delays a tile holds for `width` taps: a power of two, and two at least to tell it from no convolution."""
+    """How many delays a tile holds for `width` taps: a power of two, at least two to tell it from no convolution."""
     return max(2, triton.next_power_of_2(width))
 
 
@@ -218,36 +218,52 @@ def strides(tensor: Tensor | None, count: int) -> tuple[int, ...]:
     return (0,) * count if tensor is None else tensor.stride()
 
 
-def launch_analyse(
+def launch_analyse(x: Tensor, basis: Tensor, arithmetic: Arithmetic, width: int = 1) -> Tensor:
+    """S [B, R, width, C] with the sign +; basis [B, L, R]."""
+    batch, _, columns = basis.shape
+    s = torch.empty(batch, columns, width, x.shape[2], dtype=arithmetic.acc, device=x.device)
+    taps = 1 if width == 1 else tap_count(width)
+    block_r = block(columns, max(16, _MAX_ROWS // taps))
+    _analyse(x, basis, None, None, s, None, width, taps, 1, block_r, arithmetic)
+    return s
+
+
+def launch_combine(
+    x: Tensor, basis: Tensor, p: Tensor, conv_weight: Tensor, arithmetic: Arithmetic
+) -> tuple[Tensor, Tensor]:
+    """dP = sum_s w_s S_s [B, R, C] and dw_s = sum_r P[r] S_s[r] [width, C] with the sign -; P [B, R, C] contiguous."""
+    batch, _, columns = basis.shape
+    channels, width = conv_weight.shape
+    taps = tap_count(width)
+    block_r = block(columns, max(16, _MAX_ROWS // taps))
+    dp = torch.empty(batch, columns, channels, dtype=arithmetic.acc, device=x.device)
+    dw = torch.empty(batch, triton.cdiv(columns, block_r), width, channels, dtype=arithmetic.acc, device=x.device)
+    _analyse(x, basis, p, conv_weight, dp, dw, width, taps, -1, block_r, arithmetic)
+    return dp, dw.sum((0, 1))
+
+
+def _analyse(
     x: Tensor,
     basis: Tensor,
+    p: Tensor | None,
+    conv_weight: Tensor | None,
+    s: Tensor,
+    dw: Tensor | None,
+    width: int,
+    taps: int,
+    sign: int,
+    block_r: int,
     arithmetic: Arithmetic,
-    *,
-    width: int = 1,
-    sign: int = 1,
-    combine: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """S [B, R, width, C], or with `combine` = (P [B, R, C] contiguous, conv_weight) dP [B, R, C] and dw [width, C]."""
+) -> None:
     batch, seqlen, channels = x.shape
-    basis = basis.expand(batch, -1, -1)
     columns = basis.shape[2]
-    taps = 1 if width == 1 and combine is None else tap_count(width)
-    block_r = block(columns, max(16, _MAX_ROWS // taps))
     block_c = block(channels, _BLOCK_CHANNELS)
-    blocks_r = triton.cdiv(columns, block_r)
-    p, conv_weight = (None, None) if combine is None else combine
-    shape = (batch, columns, channels) if combine else (batch, columns, width, channels)
-    s = torch.empty(shape, dtype=arithmetic.acc, device=x.device)
-    dw = None
-    if combine:
-        dw = torch.empty(batch, blocks_r, width, channels, dtype=arithmetic.acc, device=x.device)
-    analyse_kernel[(batch * blocks_r * triton.cdiv(channels, block_c),)](
+    analyse_kernel[(batch * triton.cdiv(columns, block_r) * triton.cdiv(channels, block_c),)](
         x, basis, p, conv_weight, s, dw, seqlen, columns, channels, width,
         *x.stride(), *basis.stride(), *strides(conv_weight, 2),
-        COMBINE=combine is not None, TAPS=taps, SIGN=sign, BLOCK_T=32, BLOCK_R=block_r, BLOCK_C=block_c,
-        **arithmetic.constexprs, num_warps=_NUM_WARPS,
+        COMBINE=dw is not None, TAPS=taps, SIGN=sign, BLOCK_T=32, BLOCK_R=block_r, BLOCK_C=block_c,
+        **arithmetic.constexprs, num_warps=_NUM_WARPS, maxnreg=_REGISTERS,
     )  # fmt: skip
-    return s, None if dw is None else dw.sum((0, 1))
 
 
 def launch_synthesise(
@@ -263,13 +279,14 @@ def launch_synthesise(
     silu: bool = False,
     dy: Tensor | None = None,
 ) -> Tensor:
-    """y [B, L, O] of `dtype` from P [B, R, O], or [B, R, width, O] with a P for every tap; `dy` asks for dy silu'(y)."""
+    """y [B, L, O] of `dtype` from P [B, R, O], or [B, R, width, O] for a P of every tap; `dy` asks for dy silu'(y)."""
     batch, seqlen, columns = basis.shape
     p = p.expand(batch, *p.shape[1:])
     channels = p.shape[-1]
-    has_conv = conv_weight is not None
-    width = conv_weight.shape[1] if has_conv else p.shape[2] if p.dim() == 4 else 1
-    taps = tap_count(width) if has_conv or p.dim() == 4 else 1
+    taps, width = 1, 1
+    if p.dim() == 4 or conv_weight is not None:
+        width = p.shape[2] if conv_weight is None else conv_weight.shape[1]
+        taps = tap_count(width)
     block_o = block(channels, _BLOCK_CHANNELS)
     block_r = block(columns, max(16, _MAX_ROWS // taps))
     block_t = 64 if arithmetic.dot.itemsize == 2 else 32
@@ -278,8 +295,9 @@ def launch_synthesise(
     synthesise_kernel[(batch * triton.cdiv(seqlen, block_t) * triton.cdiv(channels, block_o),)](
         p, basis, bias, conv_weight, conv_bias, dy, y, seqlen, columns, channels, width,
         *p_strides, *basis.stride(), *strides(conv_weight, 2), *strides(dy, 3),
-        HAS_CONV=has_conv, HAS_BIAS=bias is not None, HAS_CONV_BIAS=conv_bias is not None,
+        HAS_CONV=conv_weight is not None, HAS_BIAS=bias is not None, HAS_CONV_BIAS=conv_bias is not None,
         SILU=silu and dy is None, SILU_GRAD=dy is not None, TAPS=taps, SIGN=sign,
-        BLOCK_T=block_t, BLOCK_R=block_r, BLOCK_O=block_o, **arithmetic.constexprs, num_warps=_NUM_WARPS,
+        BLOCK_T=block_t, BLOCK_R=block_r, BLOCK_O=block_o,
+        **arithmetic.constexprs, num_warps=_NUM_WARPS, maxnreg=_REGISTERS,
     )  # fmt: skip
     return y

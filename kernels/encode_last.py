@@ -1,9 +1,10 @@
 """Item ids in, query vectors out, for inference: the kernels of a folded one-layer M2Rec behind one custom op.
 
-Up to 64 basis columns (L = 310 at theta = 0.1, and any L without a filter) it takes two launches, and between them only
-[B, E] is in memory: `_encode_last_scan` goes from ids to the scan's output, `_encode_last_head` on to the query. Three
-where the filter comes before in_proj, as z then needs a sum over the row. With more columns the row's columns P
-[B, R, E] and u [B, L, E] go through memory first (`_encode_last_rows`), and dt, B and the exponentials still do not.
+Up to 64 basis columns (L = 319 at theta = 0.1, and any L without a filter) it takes two launches, and no [B, L, *]
+tensor is in memory: `_encode_last_scan` goes from ids to the scan's output, `_encode_last_head` on to the query.
+Scratch is what a program writes for itself: the row's columns P [R, E], and C B of 32 positions. A third launch makes
+z where the filter comes before in_proj, as z then needs a sum over the row. With more columns P and u [B, L, E] go
+through memory (`_encode_last_rows`); step sizes, B and the exponentials still do not.
 """
 
 from __future__ import annotations
@@ -19,19 +20,24 @@ from ._common import dot_precision, triton_dtype
 from ._encode_last_head import encode_last_head_kernel
 from ._encode_last_rows import columns_kernel, filtered_gate_kernel, rows_kernel
 from ._encode_last_scan import encode_last_scan_kernel
-from ._nodes import accepted
+from ._nodes import Nodes, accepted
 
-# The order of the op's list of weights.
-WEIGHTS = (
-    "u_table", "z_table", "taps", "conv_bias", "basis", "gain", "offset", "last_weights",
-    "step_down", "step_up", "step_bias", "B_weight", "C_weight", "A", "D", "scan_norm_weight", "scan_norm_bias",
-    "out_proj", "norm_weight", "norm_bias", "fc1", "fc1_bias", "fc2", "fc2_bias", "ffn_norm_weight", "ffn_norm_bias",
+# Fields of the bundle, in the order in which the kernels and the op's list have them.
+SCAN_WEIGHTS = (
+    "u_table", "taps", "conv_bias", "basis", "gain", "offset",
+    "step_down", "step_up", "step_bias", "B_weight", "C_weight", "A", "D",
+)  # fmt: skip
+HEAD_WEIGHTS = (
+    "z_table", "scan_norm_weight", "scan_norm_bias", "out_proj", "norm_weight", "norm_bias",
+    "fc1", "fc1_bias", "fc2", "fc2_bias", "ffn_norm_weight", "ffn_norm_bias",
     "mix", "mix_bias", "text_table", "gate_weight", "gate_table",
 )  # fmt: skip
+WEIGHTS = (*SCAN_WEIGHTS, *HEAD_WEIGHTS, "last_weights")
 
-# More columns than these do not fit in registers beside what phase two of the scan needs.
+# P of more columns does not fit in the registers of a program.
 MAX_COLUMNS = 64
 MAX_CHANNELS, MAX_STATES = 256, 64
+COEFFICIENT_BYTES = 128 * 1024  # of shared memory, for the coefficients of all nodes
 BLOCK_T = 16
 
 
@@ -63,10 +69,11 @@ def launch_rows(
         max_len, columns, channels, *item_ids.stride(), **shared, DOT=types["DOT"], BLOCK_T=32, num_warps=8,
     )  # fmt: skip
     kept_slots = triton.cdiv(seqlen, stride)
+    block_t, stages = (64, 2) if dtype.itemsize == 2 else (32, 1)
     u = torch.empty(batch, kept_slots, channels, dtype=dtype, device=item_ids.device)
-    rows_kernel[(batch, triton.cdiv(kept_slots, 64), triton.cdiv(channels, block_e))](
+    rows_kernel[(batch, triton.cdiv(kept_slots, block_t), triton.cdiv(channels, block_e))](
         lengths, p, w["taps"], w["conv_bias"], w["basis"], u, max_len, kept_slots, stride, columns, channels,
-        **shared, BLOCK_T=64, num_warps=8,
+        **shared, BLOCK_T=block_t, num_warps=8, num_stages=stages,
     )  # fmt: skip
     return u
 
@@ -85,33 +92,31 @@ def launch_scan(
     parts = torch.empty(splits, batch, channels, dtype=acc, device=device)
     scratch = torch.empty(0 if nodes else batch * splits * 2 * dstate * BLOCK_T, dtype=acc, device=device)
     block_r = columns if u is None else 16
-    reload = u is None and placement != "none"
-    columns_scratch = torch.empty(batch * splits * block_r * channels if reload else 0, dtype=dtype, device=device)
+    held = block_r if u is None and placement != "none" else 0
+    p = torch.empty(batch, splits, held, channels, dtype=dtype, device=device)
     encode_last_scan_kernel[(batch, splits)](
-        item_ids, lengths, u, *(w[name] for name in WEIGHTS if name in SCAN_WEIGHTS), rates, coefficients,
-        parts, scratch, columns_scratch, max_len, triton.cdiv(seqlen, stride), stride, 0, channels, dstate, rank,
+        item_ids, lengths, u, *(w[name] for name in SCAN_WEIGHTS), rates, coefficients,
+        parts, scratch, p, max_len, triton.cdiv(seqlen, stride), stride, 0, channels, dstate, rank,
         *item_ids.stride(), SOURCE=placement if u is None else "given", PER_LENGTH=spectra > 1, TAPS=len(w["taps"]),
-        SPLITS=splits, NODES=nodes, LOW=dtype == torch.float32, BLOCK_T=BLOCK_T,
-        BLOCK_R=block_r, RELOAD=reload, BLOCK_E=_block(channels), BLOCK_N=_block(dstate),
-        BLOCK_RANK=_block(rank), **_types(dtype), **_scan_options(dtype, nodes),
+        SPLITS=splits, NODES=nodes, BLOCK_T=BLOCK_T,
+        BLOCK_R=block_r, BLOCK_E=_block(channels), BLOCK_N=_block(dstate),
+        BLOCK_RANK=_block(rank), **_types(dtype), **_scan_options(dtype, nodes, block_r, dstate, channels),
     )  # fmt: skip
     return parts
 
 
-SCAN_WEIGHTS = frozenset(
-    {
-        "u_table", "taps", "conv_bias", "basis", "gain", "offset", "step_down", "step_up", "step_bias",
-        "B_weight", "C_weight", "A", "D",
-    }
-)  # fmt: skip
+def _scan_options(dtype: torch.dtype, nodes: int, block_r: int, dstate: int, channels: int) -> dict[str, Any]:
+    # Nodes of 32 states need twice the registers; exact ones get two programs onto a multiprocessor.
+    options: dict[str, Any] = {"num_warps": 4 if nodes and dstate <= 16 else 8, "num_stages": 1}
+    options["BLOCK_L"] = 32 if block_r <= 32 else 16
+    if dtype.itemsize == 2 and not nodes and channels <= 128:
+        options["maxnreg"] = 128
+    return options
 
 
-def _scan_options(dtype: torch.dtype, nodes: int) -> dict[str, Any]:
-    return {"num_warps": 4 if nodes else 8, "num_stages": 1, "BLOCK_L": 16}
-
-
-def launch_gate(item_ids: Tensor, lengths: Tensor, z_table: Tensor, weights: Tensor) -> Tensor:
+def launch_gate(item_ids: Tensor, lengths: Tensor, w: dict[str, Any]) -> Tensor:
     """z [B, E] at the last position where it is filtered; float32 at least."""
+    weights, z_table = w["last_weights"], w["z_table"]
     batch, channels = len(item_ids), z_table.shape[1]
     z = torch.empty(batch, channels, dtype=weights.dtype, device=item_ids.device)
     block_e = min(_block(channels), 128)
@@ -131,13 +136,13 @@ def launch_head(
     hidden = w["fc1"].shape[1]
     dtype = w["u_table"].dtype
     query = torch.empty(batch, dim, dtype=dtype, device=item_ids.device)
-    block_b = 32
+    block_b, block_h = (32, 64) if dtype.itemsize == 2 else (16, 32)  # operands in three TF32 parts take more registers
     encode_last_head_kernel[(triton.cdiv(batch, block_b),)](
-        item_ids, lengths, parts, z, w["z_table"], *(w[name] for name in WEIGHTS[WEIGHTS.index("scan_norm_weight") :]),
+        item_ids, lengths, parts, z, *(w[name] for name in HEAD_WEIGHTS),
         query, batch, eps, dim, channels, hidden, *item_ids.stride(),
         SPLITS=len(parts), HAS_Z=z is not None, SCAN_NORM=w["scan_norm_weight"] is not None, GATE=gate,
         RESIDUAL=residual, BLOCK_B=block_b, BLOCK_D=_block(dim), BLOCK_E=_block(channels),
-        BLOCK_H=min(_block(hidden), 64), **_types(dtype), num_warps=4,
+        BLOCK_H=min(_block(hidden), block_h), **_types(dtype), num_warps=4,
     )  # fmt: skip
     return query
 
@@ -157,7 +162,7 @@ def _op(
     eps: float,
     splits: int,
 ) -> Tensor:
-    w = dict(zip(WEIGHTS, weights, strict=True))
+    w: dict[str, Any] = dict(zip(WEIGHTS, weights, strict=True))
     u = z = None
     if not len(item_ids):
         return w["u_table"].new_empty(0, w["out_proj"].shape[1])
@@ -167,7 +172,7 @@ def _op(
         item_ids, lengths, w, u, placement, stride, max_len, splits, rates, coefficients
     )  # fmt: skip
     if w["last_weights"] is not None:
-        z = launch_gate(item_ids, lengths, w["z_table"], w["last_weights"])
+        z = launch_gate(item_ids, lengths, w)
     return launch_head(item_ids, lengths, parts, z, w, gate, residual, eps)
 
 
@@ -176,6 +181,23 @@ def _(
     item_ids, lengths, weights, rates, coefficients, placement, stride, max_len, gate, residual, eps, splits
 ):  # fmt: skip
     return weights[0].new_empty(item_ids.shape[0], weights[WEIGHTS.index("out_proj")].shape[1])
+
+
+def _nodes(folded: Any) -> Nodes | None:
+    """The nodes to compute with, None for exact exponentials."""
+    nodes = accepted(folded.exponentials, folded.nodes)
+    if nodes is None:
+        return None
+    count, dstate, channels = nodes.coefficients.shape
+    if folded.u_table.dtype.itemsize > 2:
+        lacks = f"half precision, got {folded.u_table.dtype}"
+    elif count * _block(dstate) * _block(channels) * nodes.coefficients.element_size() > COEFFICIENT_BYTES:
+        lacks = f"coefficients that fit on the chip, got {count} nodes of {dstate} states and {channels} channels"
+    else:
+        return nodes
+    if folded.exponentials == "nodes":
+        raise ValueError(f"exponentials: expected 'exact' or 'auto'; 'nodes' needs {lacks}")
+    return None
 
 
 def encode_last(item_ids: Tensor, lengths: Tensor, folded: Any) -> Tensor:
@@ -188,10 +210,7 @@ def encode_last(item_ids: Tensor, lengths: Tensor, folded: Any) -> Tensor:
     for name, size, most in (("d_inner", channels, MAX_CHANNELS), ("d_state", dstate, MAX_STATES)):
         if size > most:
             raise ValueError(f"{name}: expected at most {most} in these kernels, got {size}; M2Rec.encode has no limit")
-    exponentials = folded.exponentials
-    if exponentials == "auto" and folded.u_table.dtype.itemsize > 2:
-        exponentials = "exact"
-    nodes = accepted(exponentials, folded.nodes)
+    nodes = _nodes(folded)
     rates, coefficients = (None, None) if nodes is None else (nodes.rates, nodes.coefficients)
     return _op(
         item_ids, lengths, [getattr(folded, name) for name in WEIGHTS], rates, coefficients, folded.placement,

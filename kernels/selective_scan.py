@@ -82,12 +82,12 @@ def _(
     def swapped(like: Tensor | None) -> Tensor:
         return u.new_empty(0) if like is None else like.new_empty(like.transpose(-1, -2).shape).transpose(-1, -2)
 
-    def vector(like: Tensor | None) -> Tensor:
+    def plain(like: Tensor | None) -> Tensor:
         return u.new_empty(0) if like is None else like.new_empty(like.shape)
 
     return (
-        swapped(u), swapped(delta), swapped(A), swapped(B), swapped(C),
-        vector(D), swapped(z), vector(delta_bias), swapped(initial_state),
+        swapped(u), swapped(delta), plain(A), swapped(B), swapped(C),
+        plain(D), swapped(z), plain(delta_bias), plain(initial_state),
     )  # fmt: skip
 
 

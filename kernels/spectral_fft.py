@@ -60,9 +60,8 @@ def bins_kernel(
         inside = (offs_c < channels)[:, None] & kept[None, :]
         place = offs_c.to(tl.int64)[:, None] * stride_x_c + (offs_q * stride_x_q)[None, :]
         x = tl.load(x_ptr + place, mask=inside, other=0.0).to(ACC)  # [BLOCK_C, BLOCK_Q]
-        if HAS_GAIN:
-            if not GAIN_LAST:
-                x *= _bin_gains(gain_ptr, offs_c, offs_q, bins, channels, stride_gain_k, stride_gain_c).to(ACC)
+        if HAS_GAIN & (not GAIN_LAST):
+            x *= _bin_gains(gain_ptr, offs_c, offs_q, bins, channels, stride_gain_k, stride_gain_c).to(ACC)
         if HAS_WEIGHT:
             w_place = (offs_o * stride_weight_o)[:, None] + (offs_c * stride_weight_c)[None, :]
             inside = (offs_o < out_channels)[:, None] & (offs_c < channels)[None, :]
@@ -70,9 +69,8 @@ def bins_kernel(
             z = tl.dot(w, x, z, input_precision=PRECISION, out_dtype=ACC)
         else:
             z = x
-    if HAS_GAIN:
-        if GAIN_LAST:
-            z *= _bin_gains(gain_ptr, offs_o, offs_q, bins, out_channels, stride_gain_k, stride_gain_c).to(ACC)
+    if HAS_GAIN & GAIN_LAST:
+        z *= _bin_gains(gain_ptr, offs_o, offs_q, bins, out_channels, stride_gain_k, stride_gain_c).to(ACC)
     if HAS_BIAS:
         b = tl.load(bias_ptr + offs_o, mask=offs_o < out_channels, other=0.0).to(ACC)
         z += tl.where(offs_q == 0, seqlen, 0).to(ACC)[None, :] * b[:, None]

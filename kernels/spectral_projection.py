@@ -2,8 +2,8 @@
 
     filter(x) = V (m * (V^T x))        y = act(conv(filter(x) W^T + b)), or act(filter(conv(x W^T + b)))
 
-V [L, R] is data, R few columns: the R rows of V^T x go through mask, W and taps, instead of L rows. The convolution needs
-no algebra of its own for a basis: a delay of s positions is the basis shifted by s rows, with zeros in front of it.
+V [L, R] is data, R few columns: the R rows of V^T x go through mask, W and taps, instead of L rows. The convolution
+needs no algebra of its own for a basis: a delay of s positions is the basis shifted by s rows, with zeros before it.
 
 Up to 64 columns one kernel does it all (`_spectral_fused`), more are done in stages (`_spectral_staged`) by the two
 transforms (`_spectral_transforms`); the backward pass is made of the same kernels. Where many columns make the Linear
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ._spectral_fused import MAX_COLUMNS
+from ._spectral_fused import MAX_COLUMNS, Operands
 from ._spectral_staged import launch_backward, launch_forward
 from ._spectral_transforms import Arithmetic
 from .causal_conv1d import causal_conv1d
@@ -35,18 +35,28 @@ def projects_columns(seqlen: int, columns: int, channels: int, out_channels: int
     return columns <= MAX_COLUMNS or work < seqlen * before * after
 
 
-def _per_row(
-    basis: Tensor, mask: Tensor | None, batch: int, channels: int, arithmetic: Arithmetic
-) -> tuple[Tensor, Tensor | None]:
-    """Views [B, L, R] and [B, R, channels]."""
-    # The dots would round it anyway; without gaps the kernels' offsets into it fit in 32 bits.
+def _operands(
+    batch: int,
+    filtered: int,
+    arithmetic: Arithmetic,
+    basis: Tensor,
+    mask: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    conv_weight: Tensor | None,
+    conv_bias: Tensor | None,
+    conv_first: bool,
+    silu: bool,
+) -> Operands:
+    """Everything with a batch axis; `filtered` is how many channels the filter sees."""
+    # The dots would round the basis anyway; half of its bytes are then read.
     basis = basis.to(arithmetic.dot).contiguous().expand(batch, *basis.shape[-2:])
-    if mask is None:
-        return basis, None
-    shape = (batch, basis.shape[2])
-    if mask.dim() == 1 or mask.shape == shape:
-        mask = mask.unsqueeze(-1)
-    return basis, mask.expand(*shape, channels)
+    if mask is not None:
+        shape = (batch, basis.shape[2])
+        if mask.dim() == 1 or mask.shape == shape:
+            mask = mask.unsqueeze(-1)
+        mask = mask.expand(*shape, filtered)
+    return Operands(basis, mask, weight, bias, conv_weight, conv_bias, conv_first, silu, arithmetic)
 
 
 @torch.library.custom_op("fastm2rec::spectral_projection", mutates_args=())
@@ -65,10 +75,10 @@ def _forward_op(
     """y [B, L, C_out], and with `save` V^T x for the backward pass: [B, R, width with conv_first or 1, C]."""
     arithmetic = Arithmetic.of(x, basis, mask, weight, bias, conv_weight, conv_bias)
     filtered = weight.shape[0] if conv_first and weight is not None else x.shape[2]
-    basis, mask = _per_row(basis, mask, x.shape[0], filtered, arithmetic)
-    return launch_forward(
-        x, basis, mask, weight, bias, conv_weight, conv_bias, arithmetic, filter_last=conv_first, silu=silu, save=save
+    op = _operands(
+        x.shape[0], filtered, arithmetic, basis, mask, weight, bias, conv_weight, conv_bias, conv_first, silu
     )
+    return launch_forward(x, op, save=save)
 
 
 @_forward_op.register_fake
@@ -109,11 +119,10 @@ def _backward_op(
     """The gradients of x, mask, weight, bias, conv_weight and conv_bias; empty where there is nothing to give."""
     arithmetic = Arithmetic.of(dy, basis, mask, weight, bias, conv_weight, conv_bias)
     filtered = dy.shape[2] if conv_first else s.shape[3]
-    rows, gains = _per_row(basis, mask, dy.shape[0], filtered, arithmetic)
-    dx, grads = launch_backward(
-        dy, s, rows, gains, weight, bias, conv_weight, conv_bias, arithmetic,
-        filter_last=conv_first, silu=silu, needs_mask=needs_mask,
-    )  # fmt: skip
+    op = _operands(
+        dy.shape[0], filtered, arithmetic, basis, mask, weight, bias, conv_weight, conv_bias, conv_first, silu
+    )
+    dx, grads = launch_backward(dy, s, op, needs_mask=needs_mask)
     if mask is not None and needs_mask:
         d_gains = grads["mask"]
         axes = (0, 2) if mask.dim() == 1 else 2 if mask.shape == d_gains.shape[:2] else 0
@@ -121,7 +130,7 @@ def _backward_op(
     leaves = {"mask": mask if needs_mask else None, "weight": weight, "bias": bias, "conv_weight": conv_weight,
               "conv_bias": conv_bias}  # fmt: skip
     d_mask, d_weight, d_bias, d_conv_weight, d_conv_bias = (
-        dy.new_empty(0) if leaf is None else grads[name].to(leaf.dtype, copy=True, memory_format=torch.contiguous_format)
+        dy.new_empty(0) if leaf is None else grads[name].to(leaf.dtype, copy=True).contiguous()
         for name, leaf in leaves.items()
     )
     return dx, d_mask, d_weight, d_bias, d_conv_weight, d_conv_bias
@@ -179,9 +188,7 @@ def _apply(
 ) -> Tensor:
     leaves = (x, mask, weight, bias, conv_weight, conv_bias)
     save = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
-    y, _ = _forward_op(
-        x, basis, mask, weight, bias, conv_weight, conv_bias, conv_first, activation == "silu", save
-    )
+    y, _ = _forward_op(x, basis, mask, weight, bias, conv_weight, conv_bias, conv_first, activation == "silu", save)
     return y
 
 

@@ -1,15 +1,15 @@
 """Item ids in, query vectors out: the last position of a one-layer M2Rec on folded weights (`fastm2rec/folded.py`).
 
-    p[t]  = u_table[id_t], 0 at padding
-    inner:  pre = V (m * V^T conv(p))        input:  pre = conv(V (m * V^T p))        none:  pre = conv(p)
-    u     = silu(pre) at t = n - 1, n - 1 - stride, ...
-    delta = softplus(u step_down step_up + step_bias);  B = u B_weight;  C = u_last C_weight
-    y     = the scan's output at n - 1, in closed form (`last_state.py`);  y = LayerNorm(y) where there is a scan_norm
-    h     = LayerNorm(y silu(z) out_proj);  h = LayerNorm(h + gelu(h fc1 + ..) fc2 + ..)
-    constant:  Y = h mix + mix_bias + text_table[id_last] [+ h]
-    context:   Y = (a text_table[id_last] + b h) mix + mix_bias [+ h],  a, b = sigmoid(gate_table[id_last] + h gate_weight)
+p[t]  = u_table[id_t], 0 at padding
+inner:  pre = V (m * V^T conv(p))        input:  pre = conv(V (m * V^T p))        none:  pre = conv(p)
+u     = silu(pre) at t = n - 1, n - 1 - stride, ...
+delta = softplus(u step_down step_up + step_bias);  B = u B_weight;  C = u_last C_weight
+y     = the scan's output at n - 1, in closed form (`last_state.py`);  y = LayerNorm(y) where there is a scan_norm
+h     = LayerNorm(y silu(z) out_proj);  h = LayerNorm(h + gelu(h fc1 + ..) fc2 + ..)
+constant:  Y = h mix + mix_bias + text_table[id_last] [+ h]
+context:   Y = (a text_table[id_last] + b h) mix + mix_bias [+ h],  a, b = sigmoid(gate_table[id_last] + h gate_weight)
 
-    B batch   L slots   n a row's length   D = d_model   E = d_inner   N = d_state
+B batch   L slots   n a row's length   D = d_model   E = d_inner   N = d_state
 """
 
 from __future__ import annotations
@@ -88,12 +88,12 @@ def _output(h: Tensor, last_id: Tensor, folded: Any, dtype: torch.dtype) -> Tens
     if folded.gate == "none":
         return h
     mixed = h
-    text = None if folded.text_table is None else folded.text_table[last_id].to(dtype)
     if folded.gate == "context":
+        text = folded.text_table[last_id].to(dtype)
         gates = torch.sigmoid(folded.gate_table[last_id].to(dtype) + h @ folded.gate_weight.to(dtype))
         alpha, beta = gates.chunk(2, dim=1)
         mixed = alpha * text + beta * h
     y = mixed @ folded.mix.to(dtype) + folded.mix_bias
     if folded.gate == "constant":
-        y = y + text
+        y = y + folded.text_table[last_id].to(dtype)
     return y + h if folded.residual else y

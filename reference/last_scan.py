@@ -11,6 +11,8 @@ Positions are every stride-th one, counted back from the last real one.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -29,8 +31,10 @@ def last_scan(
     z: Tensor | None,
     lengths: Tensor,
     stride: int = 1,
+    *,
+    scan: Callable[..., Tensor] = last_state,
 ) -> Tensor:
-    """y [B, E] in p's dtype, at position lengths - 1 of each row."""
+    """y [B, E] in p's dtype, at position lengths - 1 of each row; `scan` computes `last_state`."""
     dtype = compute_dtype(p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z)
     # The last position comes first: then padding stands at the end for every stride.
     steps = (lengths + stride - 1).div(stride, rounding_mode="floor")
@@ -40,7 +44,7 @@ def last_scan(
     u = F.silu(p.to(dtype).gather(1, positions[:, :, None].expand(-1, -1, p.shape[2])))
     dt_rank, dstate = dt_proj_weight.shape[1], A.shape[1]
     delta, B, C = F.linear(u, x_proj_weight.to(dtype)).split([dt_rank, dstate, dstate], dim=2)
-    y = last_state(
+    y = scan(
         u.mT,
         F.linear(delta, dt_proj_weight.to(dtype)).mT,
         A,

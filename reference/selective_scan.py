@@ -51,13 +51,24 @@ def selective_scan(
     With `cu_seqlens` the single row holds S sequences one after another, and there are states (S, dim, N).
     """
     if cu_seqlens is not None:
-        parts = []
+        ys, states = [], []
         for s, (start, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
-            u_s, delta_s, B_s, C_s, z_s = (None if x is None else x[..., start:end] for x in (u, delta, B, C, z))
-            h_s = None if initial_state is None else initial_state[s : s + 1]
-            parts.append(selective_scan(u_s, delta_s, A, B_s, C_s, D, z_s, delta_bias, delta_softplus, True, h_s))
-        ys, hs = zip(*parts, strict=True)
-        return (torch.cat(ys, dim=2), torch.cat(hs)) if return_last_state else torch.cat(ys, dim=2)
+            y_s, h_s = selective_scan(
+                u[..., start:end],
+                delta[..., start:end],
+                A,
+                B[..., start:end],
+                C[..., start:end],
+                D,
+                None if z is None else z[..., start:end],
+                delta_bias,
+                delta_softplus,
+                return_last_state=True,
+                initial_state=None if initial_state is None else initial_state[s : s + 1],
+            )
+            ys.append(y_s)
+            states.append(h_s)
+        return (torch.cat(ys, dim=2), torch.cat(states)) if return_last_state else torch.cat(ys, dim=2)
     dtype = compute_dtype(u, delta, A, B, C, D, z, initial_state)
     steps = step_size(delta, delta_bias, delta_softplus, dtype)
     x, A, B, C = u.to(dtype), A.to(dtype), B.to(dtype), C.to(dtype)

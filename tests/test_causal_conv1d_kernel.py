@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -35,11 +36,11 @@ def test_values_and_gradients(
 ) -> None:
     inputs = cast(_inputs(batch, seqlen, dim, width, device, bias), dtype)
     dy = torch.randn(batch, dim, seqlen, device=device, dtype=dtype)
-    got = gradients(lambda *args: causal_conv1d(*args, activation), inputs, dy)
-    plain = gradients(lambda *args: reference(*args, activation), inputs, dy)
-    exact = gradients(lambda *args: reference(*args, activation), cast(inputs, torch.float64), dy)
-    for name, *values in zip(NAMES, got, plain, exact, strict=False):
-        assert_as_good(*values, name=name)
+    got = gradients(partial(causal_conv1d, activation=activation), inputs, dy)
+    plain = gradients(partial(reference, activation=activation), inputs, dy)
+    exact = gradients(partial(reference, activation=activation), cast(inputs, torch.float64), dy)
+    for name, value, like, right in zip(NAMES, got, plain, exact, strict=False):
+        assert_as_good(value, like, right, name=name)
 
 
 @pytest.mark.parametrize("activation", [None, "silu"])
@@ -47,7 +48,7 @@ def test_gradcheck(activation: Any, device: torch.device) -> None:
     if device.type == "cuda":
         pytest.skip("float64 runs in the interpreter only")
     x, weight, bias = (tensor.double().requires_grad_() for tensor in _inputs(1, 4, 2, 3, device))
-    assert torch.autograd.gradcheck(lambda *args: causal_conv1d(*args, activation), (x, weight, bias))
+    assert torch.autograd.gradcheck(partial(causal_conv1d, activation=activation), (x, weight, bias))
 
 
 def test_any_strides_and_rows_that_do_not_depend_on_their_batch(device: torch.device) -> None:
@@ -65,7 +66,7 @@ def test_any_strides_and_rows_that_do_not_depend_on_their_batch(device: torch.de
 def test_two_runs_are_bit_equal(device: torch.device) -> None:
     inputs = _inputs(3, 70, 33, 4, device)
     dy = torch.randn(3, 33, 70, device=device)
-    first, second = (gradients(lambda *args: causal_conv1d(*args, "silu"), inputs, dy) for _ in range(2))
+    first, second = (gradients(partial(causal_conv1d, activation="silu"), inputs, dy) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
@@ -80,9 +81,9 @@ def test_opcheck(device: torch.device) -> None:
 def test_compile_and_export(device: torch.device) -> None:
     inputs = _inputs(2, 9, 6, 4, device)
     dy = torch.randn(2, 6, 9, device=device)
-    compiled = torch.compile(lambda *args: causal_conv1d(*args, "silu"), fullgraph=True, backend="aot_eager")
+    compiled = torch.compile(partial(causal_conv1d, activation="silu"), fullgraph=True, backend="aot_eager")
     for a, b in zip(
-        gradients(compiled, inputs, dy), gradients(lambda *args: causal_conv1d(*args, "silu"), inputs, dy), strict=True
+        gradients(compiled, inputs, dy), gradients(partial(causal_conv1d, activation="silu"), inputs, dy), strict=True
     ):
         assert torch.equal(a, b)
 
@@ -91,7 +92,8 @@ def test_compile_and_export(device: torch.device) -> None:
             return causal_conv1d(x, weight, bias, "silu")
 
     program = torch.export.export(Module(), tuple(inputs), strict=False)
-    assert torch.equal(program.module()(*inputs), causal_conv1d(*inputs, "silu"))
+    x, weight, bias = inputs
+    assert torch.equal(program.module()(x, weight, bias), causal_conv1d(x, weight, bias, "silu"))
 
 
 @pytest.mark.gpu

@@ -12,6 +12,7 @@ from fastm2rec import ImplementationError, M2Rec, M2RecConfig, M2RecEncoder, imp
 from tests._bounds import BAND, SLACK
 
 N_ITEMS, LENGTH, T = 11, 9, 5
+EPS = torch.finfo(torch.float32).eps
 SMALL: dict[str, Any] = {"n_items": N_ITEMS, "max_len": LENGTH, "d_model": 16, "d_state": 3, "dropout": 0.0}
 
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -80,6 +81,21 @@ def _lost(values: dict[str, Tensor], exact: dict[str, Tensor]) -> dict[str, floa
     }
 
 
+def _sensitivity(model: M2Rec, exact: dict[str, Tensor], batch: tuple[Tensor, Tensor], dy: Tensor) -> dict[str, float]:
+    """How far the exact result moves when every parameter moves by one rounding: no float32 program can do better.
+
+    The gradient of theta is one number, a sum in which much cancels: it moves the most.
+    """
+    state = model.state_dict()
+    moved: dict[str, float] = dict.fromkeys(exact, 0.0)
+    for _ in range(3):
+        signs = {key: torch.randint(0, 2, value.shape, device=value.device) * 2 - 1 for key, value in state.items()}
+        model.load_state_dict({key: value * (1 + EPS * signs[key]) for key, value in state.items()})
+        run = _lost(_run(model, "reference", batch, dy), exact)
+        moved = {key: max(run.get(key, 0.0), value) for key, value in moved.items()}
+    return moved
+
+
 @pytest.mark.parametrize("fields", CONFIGS.values(), ids=CONFIGS.keys())
 def test_queries_and_gradients(fields: dict[str, Any], device: torch.device) -> None:
     model, batch = _model(fields, device), _batch(device)
@@ -88,6 +104,7 @@ def test_queries_and_gradients(fields: dict[str, Any], device: torch.device) -> 
     exact_model = _model(fields, device).double()
     exact_model.load_state_dict(model.state_dict())
     exact = _run(exact_model, "reference", batch, dy)
+    sensitive = _sensitivity(exact_model, exact, batch, dy)
     others = _others(device)
     assert others or device.type == "cpu"
     for other in others:
@@ -95,7 +112,7 @@ def test_queries_and_gradients(fields: dict[str, Any], device: torch.device) -> 
         assert got.keys() == plain.keys()
         worst = max(_lost(plain, exact).values())
         for key, lost in _lost(got, exact).items():
-            assert lost <= SLACK * worst + BAND * torch.finfo(torch.float32).eps, f"{other}: {key} loses {lost:.1e}"
+            assert lost <= SLACK * worst + BAND * (sensitive[key] + EPS), f"{other}: {key} loses {lost:.1e}"
 
 
 def test_a_batch_larger_than_the_catalogue_projects_the_text_once(device: torch.device) -> None:
@@ -122,7 +139,7 @@ def test_an_implementation_that_cannot_run_is_refused_by_the_model(monkeypatch: 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     model = _model({"gate": "none"}, torch.device("cpu"))
     model.impl = "triton"
-    with pytest.raises(ImplementationError, match="impl='triton' was asked for spectral_projection on cpu"):
+    with pytest.raises(ImplementationError, match="impl='triton' was asked for last_scan on cpu"):
         model.encode(*_batch(torch.device("cpu")))
 
 

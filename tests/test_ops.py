@@ -11,7 +11,15 @@ import torch
 from fastm2rec import ImplementationError, impl, ops
 
 B, E, L, N, D, R = 2, 6, 5, 3, 4, 3
-OPS = ("spectral_projection", "causal_conv1d", "selective_scan", "last_state", "gated_fusion")
+OPS = (
+    "spectral_projection",
+    "spectral_projection_fft",
+    "causal_conv1d",
+    "selective_scan",
+    "last_scan",
+    "last_state",
+    "gated_fusion",
+)
 
 
 def _arguments(op: str) -> dict[str, Any]:
@@ -19,11 +27,17 @@ def _arguments(op: str) -> dict[str, Any]:
     scan = {"u": r(B, E, L), "delta": r(B, E, L), "A": -r(E, N).exp(), "B": r(B, N, L)}
     arguments: dict[str, dict[str, Any]] = {
         "spectral_projection": {
-            "x": r(B, L, D), "basis": r(L, R), "mask": r(R), "weight": r(7, D), "bias": r(7),
+            "x": r(B, L, D), "basis": r(L, R), "mask": r(R), "weight": r(7, D), "bias": r(7), "conv_weight": r(7, 4),
+            "conv_bias": r(7), "activation": "silu",
         },
+        "spectral_projection_fft": {"x": r(B, L, D), "gain": r(R), "weight": r(7, D), "bias": r(7)},
         "causal_conv1d": {"x": r(B, E, L), "weight": r(E, 4), "bias": r(E), "activation": "silu"},
         "selective_scan": {
             **scan, "C": r(B, N, L), "D": r(E), "z": r(B, E, L), "delta_bias": r(E), "initial_state": r(B, E, N),
+        },
+        "last_scan": {
+            "p": r(B, L, E), "x_proj_weight": r(2 + 2 * N, E), "dt_proj_weight": r(E, 2), "dt_proj_bias": r(E),
+            "A": scan["A"], "D": r(E), "z": r(B, E), "lengths": torch.tensor([5, 1]), "stride": 2,
         },
         "last_state": {
             **scan, "C": r(B, N), "D": r(E), "z": r(B, E), "delta_bias": r(E), "lengths": torch.tensor([5, 1]),
@@ -141,7 +155,7 @@ def test_the_gates_table_and_its_ids() -> None:
 
 def test_the_gates_norm() -> None:
     arguments = _arguments("gated_fusion")
-    norm = {"norm_weight": torch.randn(D), "norm_bias": torch.randn(D)}
+    norm: dict[str, Any] = {"norm_weight": torch.randn(D), "norm_bias": torch.randn(D)}
     ops.gated_fusion(**arguments, **norm)
     for name, other in (("norm_weight", "norm_bias"), ("norm_bias", "norm_weight")):
         with pytest.raises(ValueError, match=f"^{name}: expected both norm_weight and norm_bias, or neither, got None"):
@@ -187,3 +201,58 @@ def test_packed_sequences(dtype: torch.dtype) -> None:
 def test_packed_sequences_that_do_not_fit(cu_seqlens: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=f"^cu_seqlens: expected {message}"):
         ops.selective_scan(**_packed(cu_seqlens))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"activation": "relu"}, "activation: expected None or 'silu', got 'relu'"),
+        ({"conv_weight": None}, "conv_bias: expected None without a conv_weight, got a tensor"),
+        (
+            {"conv_weight": None, "conv_bias": None, "conv_first": True},
+            "conv_first: expected False without a conv_weight",
+        ),
+        ({"weight": None, "bias": None}, "conv_bias: expected shape .C_out=4., got .7."),
+        ({"mask": torch.ones(R, 7)}, "mask: expected shape .R=3., .B=2, R. or .R, C=4., got .3, 7."),
+        ({"mask": torch.ones(R, D), "conv_first": True}, "mask: expected .* or .R, C_out=7., got .3, 4."),
+        (
+            {"basis": torch.ones(L, R, requires_grad=True)},
+            "basis: expected data, got a tensor that requires a gradient",
+        ),
+    ],
+)
+def test_projections_that_do_not_fit(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=f"^{message}"):
+        ops.spectral_projection(**{**_arguments("spectral_projection"), **changed})
+
+
+@pytest.mark.parametrize(("gain", "got"), [(torch.ones(0), 0), (torch.ones(4), 4), (torch.ones(4, D), 4)])
+def test_bins_that_a_sequence_does_not_have(gain: torch.Tensor, got: int) -> None:
+    with pytest.raises(ValueError, match=f"^gain: expected 1 to L // 2 . 1 = 3 bins, got {got}"):
+        ops.spectral_projection_fft(**{**_arguments("spectral_projection_fft"), "gain": gain})
+    with pytest.raises(ValueError, match="^x: expected an L of at least 1, got 0"):
+        ops.spectral_projection_fft(torch.ones(B, 0, D), gain)
+
+
+def test_how_the_last_state_is_computed() -> None:
+    arguments = _arguments("last_state")
+    last_state: Any = ops.last_state
+    nodes = ops.fit_nodes(arguments["A"])
+    exact = last_state(**arguments)
+    for exponentials in ("exact", "nodes", "auto"):
+        how: dict[str, Any] = {"exponentials": exponentials, "nodes": nodes, "splits": 2}
+        assert torch.equal(last_state(**arguments, **how, impl="reference"), exact)
+    for wrong, message in (
+        ({"exponentials": "fast"}, "exponentials: expected one of exact, nodes, auto, got 'fast'"),
+        ({"splits": 0}, "splits: expected at least 1, got 0"),
+        ({"nodes": ops.fit_nodes(arguments["A"][1:])}, "nodes: expected shape .*count.*dstate=3, dim=6.*, got"),
+        ({"exponentials": "nodes"}, r"nodes: expected fit_nodes\(A\) with exponentials='nodes', got None"),
+        (
+            {"exponentials": "nodes", "nodes": ops.fit_nodes(arguments["A"], tolerance=1e-9)},
+            "nodes: expected a fit with an error of at most 1.0e-09, got .*e-0. with",
+        ),
+    ):
+        with pytest.raises(ValueError, match=f"^{message}"):
+            last_state(**arguments, **wrong)
+    with pytest.raises(TypeError, match="^nodes: expected what fit_nodes.* returns, got Tensor"):
+        last_state(**arguments, nodes=nodes.coefficients)

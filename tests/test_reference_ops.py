@@ -14,9 +14,16 @@ from torch.autograd import gradcheck
 
 from fastm2rec.reference.causal_conv1d import causal_conv1d
 from fastm2rec.reference.gated_fusion import gated_fusion, scale_text
+from fastm2rec.reference.last_scan import last_scan
 from fastm2rec.reference.last_state import last_state
 from fastm2rec.reference.selective_scan import selective_scan
-from fastm2rec.reference.spectral_projection import frequencies, mask_gain, spectral_filter, spectral_projection
+from fastm2rec.reference.spectral_projection import (
+    frequencies,
+    mask_gain,
+    spectral_filter,
+    spectral_projection,
+    spectral_projection_fft,
+)
 
 LENGTHS = [1, 2, 7, 50, 63]
 
@@ -298,7 +305,7 @@ def test_the_gate_looks_its_text_up_and_normalises_its_result() -> None:
         torch.testing.assert_close(gated_fusion(h, table, weight=W, bias=b, residual=True, ids=ids, **gate), plain)
         centred = plain - plain.mean(1, keepdim=True)
         expected = centred / (centred.square().mean(1, keepdim=True) + 1e-3).sqrt() * scale + shift
-        norm = {"norm_weight": scale, "norm_bias": shift, "eps": 1e-3}
+        norm: dict[str, Any] = {"norm_weight": scale, "norm_bias": shift, "eps": 1e-3}
         y = gated_fusion(h, table, weight=W, bias=b, residual=True, ids=ids, **norm, **gate)
         torch.testing.assert_close(y, expected)
     leaves = [t.requires_grad_() for t in (h, table, W, b, Wg, bg, scale, shift)]
@@ -320,7 +327,7 @@ def test_the_gate_rounds_half_precision_once() -> None:
 
 def test_packed_scan_starts_anew_at_every_boundary() -> None:
     """Against the unrolled sum of the whole row, in which a decay of e^-1000 cuts the sequences apart."""
-    a = {**_arguments(9), "z": None, "D": None, "delta_bias": None, "delta_softplus": False}
+    a: dict[str, Any] = {**_arguments(9), "z": None, "D": None, "delta_bias": None, "delta_softplus": False}
     a = {name: value[:1] if isinstance(value, Tensor) and value.dim() == 3 else value for name, value in a.items()}
     a["delta"] = a["delta"].abs()
     a["A"] = -torch.ones(3, 4, dtype=torch.float64)
@@ -340,8 +347,100 @@ def test_packed_scan_starts_anew_at_every_boundary() -> None:
         expected = gapped[..., start + s : end + s]
         expected = expected + torch.einsum("bnt,betn,en->bet", C[..., here], from_start, h0[s])
         torch.testing.assert_close(y[..., here], expected, rtol=1e-12, atol=1e-12)
-    final = {
+    final: dict[str, Any] = {
         name: value[..., 4:] if isinstance(value, Tensor) and value.dim() == 3 else value for name, value in a.items()
     }
     _, alone = selective_scan(**final, initial_state=h0[2:], return_last_state=True)
     torch.testing.assert_close(last[2:], alone, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("activation", [None, "silu"])
+@pytest.mark.parametrize("conv_first", [False, True])
+@pytest.mark.parametrize("per_row", [False, True])
+def test_projection_with_the_convolution_on_either_side(per_row: bool, conv_first: bool, activation: Any) -> None:
+    """Filter and convolution as matrices over the positions: one is not causal, the other a band below the diagonal."""
+    B, L, C, R, out, width = 2, 7, 3, 4, 5, 4
+    x, V, W, b, w, cb = r(B, L, C), r(B, L, R) if per_row else r(L, R), r(out, C), r(out), r(out, width), r(out)
+    m = r(R, out if conv_first else C)
+    filtered = torch.einsum("btr,rc,bsr->bcts", V.expand(B, L, R), m, V.expand(B, L, R))
+    delay = torch.arange(L)[:, None] - torch.arange(L)
+    taps = torch.where((delay >= 0) & (delay < width), w[:, (width - 1 - delay).clamp(0, width - 1)], 0.0)  # [o, t, s]
+
+    def convolved(z: Tensor) -> Tensor:
+        return torch.einsum("ots,bso->bto", taps, z) + cb
+
+    if conv_first:
+        expected = torch.einsum("bots,bso->bto", filtered, convolved(F.linear(x, W, b)))
+    else:
+        expected = convolved(F.linear(torch.einsum("bcts,bsc->btc", filtered, x), W, b))
+    expected = F.silu(expected) if activation else expected
+    leaves = [t.requires_grad_() for t in (x, m, W, b, w, cb)]
+
+    def function(x: Tensor, m: Tensor, W: Tensor, b: Tensor, w: Tensor, cb: Tensor) -> Tensor:
+        return spectral_projection(
+            x, V, m, W, b, conv_weight=w, conv_bias=cb, conv_first=conv_first, activation=activation
+        )
+
+    torch.testing.assert_close(function(*leaves), expected, rtol=1e-12, atol=1e-12)
+    assert gradcheck(function, leaves)
+
+
+@pytest.mark.parametrize("n", LENGTHS)
+def test_projection_by_fast_transforms_is_the_filter(n: int) -> None:
+    x, W, b, theta = r(2, n, 3), r(5, 3), r(5), 0.2
+    gain = mask_gain(frequencies(n), theta, "soft", 0.05)
+    expected = spectral_filter(x, theta, mask="soft", tau=0.05)
+    torch.testing.assert_close(spectral_projection_fft(x, gain), expected, rtol=0, atol=1e-13)
+    kept = int(mask_gain(frequencies(n), theta).sum())
+    expected = F.linear(spectral_filter(x, theta), W, b)
+    torch.testing.assert_close(spectral_projection_fft(x, torch.ones(kept), W, b), expected, rtol=0, atol=1e-13)
+    per_channel = gain[:, None] * torch.tensor([1.0, 0.0, 2.0])
+    y = spectral_projection_fft(x, per_channel)
+    torch.testing.assert_close(y[..., 2], 2 * spectral_projection_fft(x, gain)[..., 2], rtol=0, atol=1e-13)
+    assert not y[..., 1].any()
+
+
+def test_last_state_is_exact_whatever_is_asked_for() -> None:
+    a = _arguments(20)
+    a["C"], a["z"] = a["C"][..., -1], a["z"][..., -1]
+    asked = last_state(**a, exponentials="nodes", nodes=None, splits=7)
+    assert torch.equal(asked, last_state(**a))
+
+
+def _last_scan_arguments(seqlen: int, batch: int = 3, dim: int = 4, dstate: int = 3, dt_rank: int = 2) -> list[Tensor]:
+    lengths = torch.tensor([seqlen, 1, max(1, seqlen - 2)])
+    return [
+        r(batch, seqlen, dim), r(dt_rank + 2 * dstate, dim), r(dim, dt_rank), r(dim), -r(dim, dstate).exp(), r(dim),
+        r(batch, dim), lengths,
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("seqlen", LENGTHS)
+def test_last_scan_is_the_block_position_after_position(seqlen: int, stride: int) -> None:
+    p, W, W_dt, bias, A, D, z, lengths = _last_scan_arguments(seqlen)
+    got = last_scan(p, W, W_dt, bias, A, D, z, lengths, stride)
+    ungated = last_scan(p, W, W_dt, None, A, D, None, lengths, stride)
+    for row, n in enumerate(lengths.tolist()):
+        u = p[row, (n - 1) % stride : n : stride].sigmoid() * p[row, (n - 1) % stride : n : stride]
+        delta, B, C = (u @ W.T).T[None].split([2, 3, 3], dim=1)
+        scan = {"u": u.T[None], "delta": W_dt @ delta, "A": A, "B": B, "C": C, "D": D, "delta_softplus": True}
+        with_bias, without = selective_scan(**scan, delta_bias=bias), selective_scan(**scan)
+        assert isinstance(with_bias, Tensor)
+        assert isinstance(without, Tensor)
+        torch.testing.assert_close(got[row], with_bias[0, :, -1] * F.silu(z[row]), rtol=1e-11, atol=1e-11)
+        torch.testing.assert_close(ungated[row], without[0, :, -1], rtol=1e-11, atol=1e-11)
+    for row, n in enumerate(lengths.tolist()):
+        p[row, n:] = torch.nan
+    assert torch.equal(last_scan(p.nan_to_num(7.0), W, W_dt, bias, A, D, z, lengths, stride), got)
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_last_scan_gradients(stride: int) -> None:
+    *leaves, lengths = _last_scan_arguments(5, dim=3)
+
+    def function(*args: Any) -> Tensor:
+        p, W, W_dt, bias, A, D, z = args
+        return last_scan(p, W, W_dt, bias, A, D, z, lengths, stride)
+
+    assert gradcheck(function, [leaf.requires_grad_() for leaf in leaves])

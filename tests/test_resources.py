@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from bench import _gates, _sass, resources
+from bench import _gates, _results, _sass, resources
 from bench.launches._launch import ops
 
 pytest.importorskip("triton")
@@ -215,6 +215,19 @@ def test_records_hold_every_op_and_no_failure(root: Path) -> None:
         rows = json.loads(path.read_text())["rows"]
         assert [row for row in rows if row["failed"]] == [], path.name
         assert {(row["op"], row["arch"]) for row in rows} == {(op, arch) for op in ops() for arch in _gates.ARCHS}
+
+
+def test_a_record_is_named_after_the_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(resources, "unavailable", lambda: None)
+    monkeypatch.setattr(_results, "ROOT", tmp_path)
+    assert resources.main(["--record"], launches=[]) == 0
+    (path,) = (tmp_path / "bench" / "results" / "resources").iterdir()
+    document = json.loads(path.read_text())
+    assert path.name == f"triton-{document['triton']}.json"
+    assert {"schema", "triton", "ptxas", "torch", "commit", "kernels_tree", "created", "rows"} <= set(document)
+    assert f"rows: {path}" in capsys.readouterr().out
 
 
 def test_the_interpreter_is_refused(root: Path) -> None:

@@ -16,10 +16,10 @@ from fastm2rec.reference import spectral_projection as reference
 from tests._bounds import assert_as_good, cast, gradients
 
 pytest.importorskip("triton")
-from fastm2rec.kernels._spectral_fused import fits  # noqa: E402
-from fastm2rec.kernels._spectral_transforms import Arithmetic  # noqa: E402
-from fastm2rec.kernels.spectral_fft import spectral_projection_fft  # noqa: E402
-from fastm2rec.kernels.spectral_projection import (  # noqa: E402
+from fastm2rec.kernels._spectral_fused import fits
+from fastm2rec.kernels._spectral_transforms import Arithmetic
+from fastm2rec.kernels.spectral_fft import spectral_projection_fft
+from fastm2rec.kernels.spectral_projection import (
     _backward_op,
     _forward_op,
     projects_columns,
@@ -97,25 +97,25 @@ def assert_as_good_as_pytorch(case: Case, dtype: torch.dtype, device: torch.devi
     double = case.bound(reference.spectral_projection, basis.double())
     exact = gradients(double, cast(leaves, torch.float64), dy)
     names = ["y", *(name for name, leaf in zip(NAMES, leaves, strict=True) if leaf is not None)]
-    for name, *tensors in zip(names, got, plain, exact, strict=True):
-        if name == "mask" and dtype == torch.bfloat16:
-            # A float32 result of bfloat16 products: rounded operands, so bfloat16's band.
-            tensors = [tensors[0].to(dtype), tensors[1].to(dtype), tensors[2]]
-        assert_as_good(*tensors, name=f"{case}: {name}")
+    for name, ours, theirs, right in zip(names, got, plain, exact, strict=True):
+        if name == "mask":  # float32 sums of products in `dtype`: rounded operands, so the band of `dtype`
+            ours, theirs = ours.to(dtype), theirs.to(dtype)
+        assert_as_good(ours, theirs, right, name=f"{case}: {name}")
 
 
-WIDE = {"L": 70, "R": 66}  # more columns than one kernel holds
+WIDE: dict[str, Any] = {"L": 70, "R": 66}  # more columns than one kernel holds
 CASES = [
-    *(Case(form, activation=activation) for form in FORMS for activation in (None, "silu")),
-    *(Case(form, mask=mask, per_row=mask == "BR") for form in FORMS for mask in ("none", "BR", "RC")),
-    *(Case(form, **WIDE, C=36, O=20, activation="silu", mask=mask) for form in FORMS for mask in ("R", "RC")),
+    *(Case(form, activation="silu") for form in FORMS),
+    *(Case("filter", mask=mask, per_row=mask == "BR") for mask in ("none", "BR")),
+    *(Case(form, mask="RC", per_row=True) for form in FORMS[1:]),
+    *(Case(form, **WIDE, C=36, O=20, activation="silu", mask="RC") for form in FORMS),
     *(Case(form, **WIDE, C=5, O=40, activation="silu", per_row=True, mask="BR") for form in ("linear", "input")),
     Case("inner", **WIDE, C=40, O=5, activation="silu"),
     *(Case(form, biases=False, width=width) for form in ("input", "inner") for width in (1, 3)),
     *(Case(form, L=length, R=min(length, 9)) for form in ("input", "inner") for length in (1, 2, 7, 63)),
-    Case("linear", L=200, R=41, C=64, O=256),
-    *(Case(form, L=201, R=41, C=64, O=128, activation="silu", B=1) for form in ("input", "inner")),
-    Case("inner", C=130, O=70),
+    Case("linear", L=200, R=41, C=64, O=130, B=1),
+    *(Case(form, L=201, R=41, C=32, activation="silu", B=1) for form in ("input", "inner")),
+    Case("inner", L=7, R=5, C=130, O=70),
 ]
 
 
@@ -144,22 +144,20 @@ def test_where_the_linear_goes(seqlen: int, most: int) -> None:
     assert projects_columns(seqlen, seqlen, 64, 256, True)  # the filter behind it would run on all 256
 
 
-@pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize("form", FORMS)
-def test_gradients_are_exact(form: str, activation: Any, device: torch.device) -> None:
+def test_gradients_are_exact(form: str, device: torch.device) -> None:
+    activation = None if form == "filter" else "silu"
     case = Case(form, L=6, R=3, C=2, O=3, width=3, mask="RC", activation=activation, per_row=True)
     basis, leaves, _ = case.build(device)
-    for leaf in leaves:
-        if leaf is not None:
-            leaf.requires_grad_()
-    assert gradcheck(case.bound(spectral_projection, basis), leaves, fast_mode=True)
+    inputs: Any = [None if leaf is None else leaf.requires_grad_() for leaf in leaves]
+    assert gradcheck(case.bound(spectral_projection, basis), inputs, fast_mode=True)
 
 
 ROUTES = [
     Case("input", activation="silu", B=3),
     Case("inner", activation="silu", B=3),
-    Case("inner", L=70, R=66, activation="silu", B=3),
-    Case("input", L=70, R=66, C=40, O=40, B=3),
+    Case("inner", **WIDE, C=5, O=6, activation="silu", B=3),
+    Case("input", **WIDE, C=6, O=5, activation="silu", B=3),
 ]
 
 
@@ -225,6 +223,8 @@ def test_the_custom_ops_keep_their_contract(form: str, device: torch.device) -> 
 class Block(nn.Module):
     """The inner placement with its parameters, as a model has it; and the route by fast transforms."""
 
+    basis: Tensor
+
     def __init__(self) -> None:
         super().__init__()
         self.linear, self.conv = nn.Linear(4, 6), nn.Conv1d(6, 6, 4, groups=6)
@@ -255,9 +255,8 @@ def test_compiled_and_exported(device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("per_channel", [False, True])
-@pytest.mark.parametrize("linear", [False, True])
-@pytest.mark.parametrize(("seqlen", "bins"), [(1, 1), (7, 4), (50, 6), (200, 21), (201, 101)])
+@pytest.mark.parametrize(("linear", "per_channel"), [(False, True), (True, False), (True, True)])
+@pytest.mark.parametrize(("seqlen", "bins"), [(1, 1), (50, 6), (201, 101)])
 @pytest.mark.usefixtures("nan_filled")
 def test_fast_transforms_are_as_good_as_pytorch(
     seqlen: int, bins: int, linear: bool, per_channel: bool, dtype: torch.dtype, device: torch.device
@@ -270,8 +269,8 @@ def test_fast_transforms_are_as_good_as_pytorch(
     got = gradients(spectral_projection_fft, leaves, dy)
     plain = gradients(reference.spectral_projection_fft, leaves, dy)
     exact = gradients(reference.spectral_projection_fft, cast(leaves, torch.float64), dy)
-    for name, *tensors in zip(["y", "x", "gain", "weight", "bias"], got, plain, exact, strict=False):
-        assert_as_good(*tensors, name=name)
+    for name, ours, theirs, right in zip(["y", "x", "gain", "weight", "bias"], got, plain, exact, strict=False):
+        assert_as_good(ours, theirs, right, name=name)
 
 
 @pytest.mark.parametrize("linear", [False, True])

@@ -19,7 +19,7 @@ class Launch:
         dots: names of kernels in which tensor-core instructions must be found.
         mufu: for a kernel's name, at most how many special-function instructions per element, and how many elements
             one iteration of its hottest loop computes in one program (BLOCK_T * BLOCK_E * N for a scan); limits
-            are in `bench._gates`. The loop is the compiled one: ptxas may unroll a tiny one, which then counts for more.
+            are in `bench._gates`. The loop is the compiled one: where ptxas unrolls a tiny loop, it counts for more.
         core: is one of the few that the tests compile; `bench/resources.py` compiles them all.
     """
 

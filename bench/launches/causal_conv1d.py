@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -15,11 +16,13 @@ BATCH, SEQLEN, D_INNER, WIDTH = 2, 200, 128, 4
 def _cases(dtype: torch.dtype, word: str) -> list[Launch]:
     x = torch.empty(BATCH, SEQLEN, D_INNER, dtype=dtype).transpose(1, 2)
     weight, bias = torch.empty(D_INNER, WIDTH), torch.empty(D_INNER)
+    runs: dict[str, Callable[[], object]] = {
+        "forward": partial(launch_forward, x, weight, bias, True),
+        "backward": partial(launch_backward, x, x, weight, bias, True),
+    }
     return [
-        Launch("causal_conv1d", f"forward {word} E={D_INNER} silu", partial(launch_forward, x, weight, bias, True)),
-        Launch(
-            "causal_conv1d", f"backward {word} E={D_INNER} silu", partial(launch_backward, x, x, weight, bias, True)
-        ),
+        Launch("causal_conv1d", f"{direction} {word} E={D_INNER} silu", run, core=word == "bf16")
+        for direction, run in runs.items()
     ]
 
 

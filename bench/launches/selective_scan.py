@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,12 +37,14 @@ def _case(
         B, C = zeros(batch, seqlen, 4 + 2 * dstate)[..., 4:].transpose(1, 2).chunk(2, dim=1)
         D, bias = torch.zeros(dim), torch.zeros(dim)
         cu_seqlens = torch.tensor([0, seqlen // 3, seqlen]) if packed else None
-        state = torch.zeros(2, dim, dstate) if packed else None
-        optional = (None, None, None, False) if bare else (D, z, bias, True)
-        arguments = (u, delta, torch.zeros(dim, dstate), B, C, *optional, state, cu_seqlens)
-        y, last_state, checkpoints = forward(*arguments, packed, training)
+        arguments: dict[str, Any] = {
+            "u": u, "delta": delta, "A": torch.zeros(dim, dstate), "B": B, "C": C, "D": None if bare else D,
+            "z": None if bare else z, "delta_bias": None if bare else bias, "delta_softplus": not bare,
+            "initial_state": torch.zeros(2, dim, dstate) if packed else None, "cu_seqlens": cu_seqlens,
+        }  # fmt: skip
+        y, last_state, checkpoints = forward(**arguments, save_last_state=packed, save_checkpoints=training)
         if training:
-            backward(*arguments, checkpoints, y, last_state if packed else None)
+            backward(**arguments, checkpoints=checkpoints, dy=y, dlast_state=last_state if packed else None)
 
     block_n = block_states(dstate)
     form = f"{' packed' if packed else ''}{' bare' if bare else ''}{f' dim={dim}' if dim != 128 else ''}"
@@ -51,6 +54,7 @@ def _case(
         run,
         # With fewer states, softplus and SiLU show.
         mufu={"_forward_kernel": (MUFU_EXACT, STEPS * tile(block_n)[0] * block_n)} if dstate >= 16 else {},
+        core=training and dtype == "bf16" and dstate in (16, 32) and not (form or seqlen != 200),
     )
 
 

@@ -6,18 +6,19 @@
 C and u_last are those of the row's last position; t runs over every stride-th position, counted back from it.
 
 Forward: eight positions at a time, backward in time, so that T is known; all that is made of p for them stays in the
-first-level cache. Within them a tile of sixteen channels is in registers, with its T and y.
+first-level cache. Within them a tile of channels is in registers, with its T and y.
 
 Backward, with X = exp(A T), s the gradient of y before the gate, and g = s dt u:
 
-    dC_n = sum g B X    dB_n = C_n sum_e g X    dA_n = sum_t g T C_n B X    h = s sum_n C_n B X    dT = g sum_n C_n B A X
-    ddt_t = h u_t + sum_{r < t} dT_r            du = h dt + what comes back through x_proj, C and D
+    dC_n = sum g B X      dB_n = C_n sum_e g X      dA_n = sum_t g T C_n B X
+    h = s sum_n C_n B X      dT = g sum_n C_n B A X      ddt_t = h u_t + sum_{r < t} dT_r
+    du = h dt + what comes back through x_proj, C and D
 
-goes the same way once, recomputing all but y, and keeps four numbers for each channel and position; then forward in
+goes the same way once, recomputing everything, and keeps four numbers for each channel and position; then forward in
 time, where the sum of the dT is known. The gradients of the parameters are summed over groups of GROUP rows, and those
 sums in order: they do not depend on how the groups are spread over threads.
 
-float32 sums over time and over rows are compensated (Kahan): without that 1600 positions lose 2e-6.
+Sums over time and over rows are compensated (Kahan): without that 1600 positions lose 2e-6.
 
 All arrays are flat and contiguous. Scratch and parameters have their channels padded to whole Lanes, with zeros.
 numba's cache on disk looks at this file alone: after a change in `simd.py`, touch it.
@@ -25,7 +26,7 @@ numba's cache on disk looks at this file alone: after a change in `simd.py`, tou
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
@@ -37,7 +38,7 @@ ROWS = 8  # positions at a time
 GROUP = 8  # rows of the batch whose parameter gradients are summed together
 LN_2 = 1 / LOG2_E
 
-_OPTIONS = {"nogil": True, "error_model": "numpy"}
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 
 
 def _entry(function):
@@ -158,6 +159,19 @@ def _accumulate(sums, lost, place, value):
     store(lost, place, error)
 
 
+@_inline
+def _quad(x, place):
+    return load(x, place), load(x, place + LANES), load(x, place + 2 * LANES), load(x, place + 3 * LANES)
+
+
+@_inline
+def _store_quad(x, place, a, b, c, d):
+    store(x, place, a)
+    store(x, place + LANES, b)
+    store(x, place + 2 * LANES, c)
+    store(x, place + 3 * LANES, d)
+
+
 @_part
 def _read(x, start, step, rows, dim, out):
     """Rows of x, the first at `start` and each `step` before the last one, to out [rows, E]."""
@@ -239,7 +253,8 @@ def forward(
     transposed_C = transposed[dim * columns :]
     u, scratch = scratch[: ROWS * wide], scratch[ROWS * wide :]
     raw, scratch = scratch[: ROWS * wide], scratch[ROWS * wide :]
-    carried, scratch = scratch[: 5 * wide], scratch[5 * wide :]  # T, y, what both lost, z
+    carried, scratch = scratch[: 4 * wide], scratch[4 * wide :]  # of each tile: T, y, and what both lost
+    gate, scratch = scratch[:wide], scratch[wide:]
     projected, scratch = scratch[: ROWS * columns], scratch[ROWS * columns :]
     C, CB = scratch[:states], scratch[states:]
     for b in range(first, last):
@@ -258,14 +273,13 @@ def forward(
             if k == 0:
                 _project_one(u, transposed_C, dim, states, C)
                 for c in range(0, wide, LANES):
-                    store(carried, wide + c, load(w.D, c) * load(u, c))
+                    store(carried, 4 * c + LANES, load(w.D, c) * load(u, c))
             _steps(projected, columns, w, rows, dim, dt_rank, raw)
             for i in range(rows):
                 for n in range(dstate):
                     CB[i * dstate + n] = C[n] * projected[i * columns + dt_rank + n]
             for c in range(0, wide, LANES):
-                T, value = load(carried, c), load(carried, wide + c)
-                lost_T, lost = load(carried, 2 * wide + c), load(carried, 3 * wide + c)
+                T, value, lost_T, lost = _quad(carried, 4 * c)
                 for i in range(rows):
                     kernel = full(scratch, 0.0)
                     for n in range(dstate):
@@ -274,17 +288,14 @@ def forward(
                     dt, _ = softplus(load(raw, i * wide + c))
                     value, lost = _added(dt * load(u, i * wide + c) * kernel, value, lost)
                     T, lost_T = _added(dt, T, lost_T)
-                store(carried, c, T)
-                store(carried, wide + c, value)
-                store(carried, 2 * wide + c, lost_T)
-                store(carried, 3 * wide + c, lost)
+                _store_quad(carried, 4 * c, T, value, lost_T, lost)
         if has_z:
-            _read(z, b * dim, 0, 1, dim, carried[4 * wide :])
-            for c in range(0, wide, LANES):
-                gate = load(carried, 4 * wide + c)
-                store(carried, wide + c, load(carried, wide + c) * gate * sigmoid(gate))
+            _read(z, b * dim, 0, 1, dim, gate)
+            _silu(gate, wide)
+        else:
+            _fill(gate, 0, wide, 1)
         for e in range(dim):
-            y[b * dim + e] = carried[wide + e]
+            y[b * dim + e] = gate[e] * carried[e // LANES * 4 * LANES + LANES + e % LANES]
 
 
 @_entry
@@ -292,188 +303,171 @@ def backward(
     p, lengths, z, dy, dp, dz, sums, weights, transposed, scratch,
     first, last, batch, seqlen, dim, dstate, dt_rank, stride, has_z,
 ):  # fmt: skip
-    """dp, dz and, in `sums` [groups, weights_size], the parameters' gradients of the groups `first` to before `last`."""
+    """dp, dz and, in `sums` [groups, weights_size], the parameters' gradients, of the groups `first` to before `last`.
+
+    All NaN for a row whose length is not in 1..seqlen.
+    """
     size = weights_size(dim, dstate, dt_rank)
     w = _weights(weights, dim, dstate, dt_rank)
-    lost = scratch[:size]
-    for group in range(first, last):
-        gradient = sums[group * size : (group + 1) * size]
-        _fill(gradient, 0, size, 0)
-        _fill(lost, 0, size, 0)
-        into, errors = _weights(gradient, dim, dstate, dt_rank), _weights(lost, dim, dstate, dt_rank)
-        for b in range(group * GROUP, min(batch, (group + 1) * GROUP)):
-            length = lengths[b]
-            if length < 1 or length > seqlen:
-                _fill(dp, b * seqlen * dim, (b + 1) * seqlen * dim, np.nan)
-                _fill(dz, b * dim, (b + 1) * dim if has_z else b * dim, np.nan)
-                continue
-            _row(
-                p, z, dy, dp, dz, b, length, into, errors, w, transposed, scratch[size:],
-                seqlen, dim, dstate, dt_rank, stride, has_z,
-            )  # fmt: skip
-
-
-@_part
-def _row(
-    p, z, dy, dp, dz, b, length, into, errors, w, transposed, scratch,
-    seqlen, dim, dstate, dt_rank, stride, has_z,
-):  # fmt: skip
-    """One row of `backward`."""
+    errors, scratch = scratch[:size], scratch[size:]
+    lost_by = _weights(errors, dim, dstate, dt_rank)
     wide = padded(dim)
     columns, states = padded(dt_rank + dstate), padded(dstate)
     transposed_C = transposed[dim * columns :]
-    newest = (b * seqlen + length - 1) * dim
-    steps = (length + stride - 1) // stride
-
+    most = (seqlen + stride - 1) // stride
     u, scratch = scratch[: ROWS * wide], scratch[ROWS * wide :]
     raw, scratch = scratch[: ROWS * wide], scratch[ROWS * wide :]
     d_raw, scratch = scratch[: ROWS * wide], scratch[ROWS * wide :]
-    carried, scratch = scratch[: 4 * wide], scratch[4 * wide :]  # T, y, what both lost; then the sum of dT
+    carried, scratch = scratch[: 4 * wide], scratch[4 * wide :]  # as in `forward`; then the sum of dT
     s, scratch = scratch[: 4 * wide], scratch[4 * wide :]  # the gradient of y before the gate; z, dy, dz
-    du, scratch = scratch[: steps * wide], scratch[steps * wide :]
-    ddt, scratch = scratch[: steps * wide], scratch[steps * wide :]
-    dT, scratch = scratch[: steps * wide], scratch[steps * wide :]
-    slope, scratch = scratch[: steps * wide], scratch[steps * wide :]  # of softplus
-    projected, scratch = scratch[: (ROWS + steps) * columns], scratch[(ROWS + steps) * columns :]  # then its gradient
+    # Of each position's tiles: du, ddt, dT and the slope of softplus.
+    kept, scratch = scratch[: 4 * most * wide], scratch[4 * most * wide :]
+    projected, scratch = scratch[: (ROWS + most) * columns], scratch[(ROWS + most) * columns :]  # then its gradient
     C, scratch = scratch[:states], scratch[states:]
     dC, scratch = scratch[: 2 * states], scratch[2 * states :]
     gX, scratch = scratch[: ROWS * dstate * LANES], scratch[ROWS * dstate * LANES :]
     dA, CB = scratch[: dstate * LANES], scratch[dstate * LANES :]
 
-    _read(dy, b * dim, 0, 1, dim, s)
-    if has_z:
-        _read(z, b * dim, 0, 1, dim, s[wide:])
-        for c in range(0, wide, LANES):
-            gate = load(s, wide + c)
-            store(s, 2 * wide + c, load(s, c))
-            store(s, c, load(s, c) * gate * sigmoid(gate))
-    _fill(carried, 0, 4 * wide, 0)
-    _fill(dC, 0, 2 * states, 0)
-
-    for k in range(0, steps, ROWS):
-        rows = min(ROWS, steps - k)
-        low_rank = projected[k * columns :]
-        _read(p, newest - k * stride * dim, stride * dim, rows, dim, u)
-        _silu(u, rows * wide)
-        _project(u, transposed, dim, columns, low_rank)
-        if k == 0:
-            _project_one(u, transposed_C, dim, states, C)
+    for b in range(first * GROUP, min(batch, last * GROUP)):
+        gradient = sums[b // GROUP * size : (b // GROUP + 1) * size]
+        into = _weights(gradient, dim, dstate, dt_rank)
+        if b % GROUP == 0:
+            _fill(gradient, 0, size, 0)
+            _fill(errors, 0, size, 0)
+        length = lengths[b]
+        if length < 1 or length > seqlen:
+            _fill(dp, b * seqlen * dim, (b + 1) * seqlen * dim, np.nan)
+            _fill(dz, b * dim, (b + 1) * dim if has_z else b * dim, np.nan)
+            continue
+        newest = (b * seqlen + length - 1) * dim
+        steps = (length + stride - 1) // stride
+        _read(dy, b * dim, 0, 1, dim, s)
+        if has_z:
+            _read(z, b * dim, 0, 1, dim, s[wide:])
             for c in range(0, wide, LANES):
-                store(carried, wide + c, load(w.D, c) * load(u, c))
-                _accumulate(into.D, errors.D, c, load(s, c) * load(u, c))
-        _steps(low_rank, columns, w, rows, dim, dt_rank, raw)
-        for i in range(rows):
-            for n in range(dstate):
-                CB[i * dstate + n] = C[n] * low_rank[i * columns + dt_rank + n]
-        _fill(gX, 0, ROWS * dstate * LANES, 0)
-        for c in range(0, wide, LANES):
-            T, value = load(carried, c), load(carried, wide + c)
-            lost_T, lost = load(carried, 2 * wide + c), load(carried, 3 * wide + c)
-            ds = load(s, c)
-            _fill(dA, 0, dstate * LANES, 0)
-            for i in range(rows):
-                dt, derivative = softplus(load(raw, i * wide + c))
-                x = load(u, i * wide + c)
-                g = ds * dt * x
-                gT = g * T
-                kernel = rate = full(scratch, 0.0)
-                for n in range(dstate):
-                    A = load(w.A, c * dstate + n * LANES)
-                    X = exp2(A * T)
-                    store(gX, (i * dstate + n) * LANES, load(gX, (i * dstate + n) * LANES) + g * X)
-                    X = at(CB, i * dstate + n) * X
-                    kernel = kernel + X
-                    rate = rate + A * X
-                    store(dA, n * LANES, load(dA, n * LANES) + gT * X)
-                here = (k + i) * wide + c
-                store(du, here, ds * kernel * dt)
-                store(ddt, here, ds * kernel * x)
-                store(dT, here, g * rate * LN_2)
-                store(slope, here, derivative)
-                value, lost = _added(dt * x * kernel, value, lost)
-                T, lost_T = _added(dt, T, lost_T)
-            for n in range(dstate):
-                _accumulate(into.A, errors.A, c * dstate + n * LANES, load(dA, n * LANES))
-            store(carried, c, T)
-            store(carried, wide + c, value)
-            store(carried, 2 * wide + c, lost_T)
-            store(carried, 3 * wide + c, lost)
-        for i in range(rows):
-            for n in range(dstate):
-                place = i * columns + dt_rank + n
-                sum_gX = total(load(gX, (i * dstate + n) * LANES))
-                dC[n], dC[states + n] = _added(low_rank[place] * sum_gX, dC[n], dC[states + n])
-                low_rank[place] = C[n] * sum_gX
+                gate = load(s, wide + c)
+                store(s, 2 * wide + c, load(s, c))
+                store(s, c, load(s, c) * gate * sigmoid(gate))
+        _fill(carried, 0, 4 * wide, 0)
+        _fill(dC, 0, 2 * states, 0)
 
-    if has_z:
-        for c in range(0, wide, LANES):
-            gate = load(s, wide + c)
-            open_ = sigmoid(gate)
-            slope_z = open_ * (1.0 + gate * (1.0 - open_))
-            store(s, 3 * wide + c, load(s, 2 * wide + c) * load(carried, wide + c) * slope_z)
-        for e in range(dim):
-            dz[b * dim + e] = s[3 * wide + e]
-    for t in range(seqlen):
-        if t >= length or (length - 1 - t) % stride:
-            _fill(dp, (b * seqlen + t) * dim, (b * seqlen + t + 1) * dim, 0)
-
-    _fill(carried, 0, 2 * wide, 0)
-    for k in range((steps - 1) // ROWS * ROWS, -1, -ROWS):
-        rows = min(ROWS, steps - k)
-        low_rank = projected[k * columns :]
-        for c in range(0, wide, LANES):
-            sum_dT, lost = load(carried, c), load(carried, wide + c)
-            bias = full(scratch, 0.0)
-            for i in range(rows - 1, -1, -1):
-                here = (k + i) * wide + c
-                gradient = (load(ddt, here) + sum_dT) * load(slope, here)
-                store(d_raw, i * wide + c, gradient)
-                bias = bias + gradient
-                sum_dT, lost = _added(load(dT, here), sum_dT, lost)
-            _accumulate(into.bias, errors.bias, c, bias)
-            store(carried, c, sum_dT)
-            store(carried, wide + c, lost)
-        for r in range(dt_rank):
-            for c in range(0, wide, LANES):
-                gradient = full(scratch, 0.0)
-                for i in range(rows):
-                    gradient = gradient + at(low_rank, i * columns + r) * load(d_raw, i * wide + c)
-                _accumulate(into.dt_proj, errors.dt_proj, r * wide + c, gradient)
-            for i in range(rows):
-                gradient = full(scratch, 0.0)
+        for k in range(0, steps, ROWS):
+            rows = min(ROWS, steps - k)
+            low_rank = projected[k * columns :]
+            _read(p, newest - k * stride * dim, stride * dim, rows, dim, u)
+            _silu(u, rows * wide)
+            _project(u, transposed, dim, columns, low_rank)
+            if k == 0:
+                _project_one(u, transposed_C, dim, states, C)
                 for c in range(0, wide, LANES):
-                    gradient = gradient + load(d_raw, i * wide + c) * load(w.dt_proj, r * wide + c)
-                low_rank[i * columns + r] = total(gradient)
-        # p again, for u and for silu's derivative, which takes the place of the step sizes.
-        _read(p, newest - k * stride * dim, stride * dim, rows, dim, u)
-        for c in range(0, rows * wide, LANES):
-            x = load(u, c)
-            open_ = sigmoid(x)
-            store(u, c, x * open_)
-            store(raw, c, open_ * (1.0 + x * (1.0 - open_)))
-        if k == 0:
-            for c in range(0, wide, LANES):
-                gradient = load(du, c) + load(w.D, c) * load(s, c)
+                    store(carried, 4 * c + LANES, load(w.D, c) * load(u, c))
+                    _accumulate(into.D, lost_by.D, c, load(s, c) * load(u, c))
+            _steps(low_rank, columns, w, rows, dim, dt_rank, raw)
+            for i in range(rows):
                 for n in range(dstate):
-                    row = (dt_rank + dstate + n) * wide + c
-                    gradient = gradient + at(dC, n) * load(w.x_proj, row)
-                    _accumulate(into.x_proj, errors.x_proj, row, at(dC, n) * load(u, c))
-                store(du, c, gradient)
-        for i in range(rows):
+                    CB[i * dstate + n] = C[n] * low_rank[i * columns + dt_rank + n]
+            _fill(gX, 0, ROWS * dstate * LANES, 0)
             for c in range(0, wide, LANES):
-                gradient = load(du, (k + i) * wide + c)
-                for j in range(dt_rank + dstate):
-                    gradient = gradient + at(low_rank, i * columns + j) * load(w.x_proj, j * wide + c)
-                store(raw, i * wide + c, gradient * load(raw, i * wide + c))
-            place = newest - (k + i) * stride * dim
-            for e in range(dim):
-                dp[place + e] = raw[i * wide + e]
-        for j in range(dt_rank + dstate):
-            for c in range(0, wide, LANES):
-                gradient = full(scratch, 0.0)
+                T, value, lost_T, lost = _quad(carried, 4 * c)
+                ds = load(s, c)
+                _fill(dA, 0, dstate * LANES, 0)
                 for i in range(rows):
-                    gradient = gradient + at(low_rank, i * columns + j) * load(u, i * wide + c)
-                _accumulate(into.x_proj, errors.x_proj, j * wide + c, gradient)
+                    dt, slope = softplus(load(raw, i * wide + c))
+                    x = load(u, i * wide + c)
+                    g = ds * dt * x
+                    gT = g * T
+                    kernel = rate = full(scratch, 0.0)
+                    for n in range(dstate):
+                        A = load(w.A, c * dstate + n * LANES)
+                        X = exp2(A * T)
+                        store(gX, (i * dstate + n) * LANES, load(gX, (i * dstate + n) * LANES) + g * X)
+                        X = at(CB, i * dstate + n) * X
+                        kernel = kernel + X
+                        rate = rate + A * X
+                        store(dA, n * LANES, load(dA, n * LANES) + gT * X)
+                    h = ds * kernel
+                    _store_quad(kept, 4 * ((k + i) * wide + c), h * dt, h * x, g * rate * LN_2, slope)
+                    value, lost = _added(dt * x * kernel, value, lost)
+                    T, lost_T = _added(dt, T, lost_T)
+                for n in range(dstate):
+                    _accumulate(into.A, lost_by.A, c * dstate + n * LANES, load(dA, n * LANES))
+                _store_quad(carried, 4 * c, T, value, lost_T, lost)
+            for i in range(rows):
+                for n in range(dstate):
+                    place = i * columns + dt_rank + n
+                    sum_gX = total(load(gX, (i * dstate + n) * LANES))
+                    dC[n], dC[states + n] = _added(low_rank[place] * sum_gX, dC[n], dC[states + n])
+                    low_rank[place] = C[n] * sum_gX
+
+        if has_z:
+            for c in range(0, wide, LANES):
+                gate = load(s, wide + c)
+                open_ = sigmoid(gate)
+                slope_z = open_ * (1.0 + gate * (1.0 - open_))
+                store(s, 3 * wide + c, load(s, 2 * wide + c) * load(carried, 4 * c + LANES) * slope_z)
+            for e in range(dim):
+                dz[b * dim + e] = s[3 * wide + e]
+        for t in range(seqlen):
+            if t >= length or (length - 1 - t) % stride:
+                _fill(dp, (b * seqlen + t) * dim, (b * seqlen + t + 1) * dim, 0)
+
+        _fill(carried, 0, 2 * wide, 0)
+        for k in range((steps - 1) // ROWS * ROWS, -1, -ROWS):
+            rows = min(ROWS, steps - k)
+            low_rank = projected[k * columns :]
+            for c in range(0, wide, LANES):
+                sum_dT, lost = load(carried, c), load(carried, wide + c)
+                bias = full(scratch, 0.0)
+                for i in range(rows - 1, -1, -1):
+                    _, ddt, dT, slope = _quad(kept, 4 * ((k + i) * wide + c))
+                    gradient = (ddt + sum_dT) * slope
+                    store(d_raw, i * wide + c, gradient)
+                    bias = bias + gradient
+                    sum_dT, lost = _added(dT, sum_dT, lost)
+                _accumulate(into.bias, lost_by.bias, c, bias)
+                store(carried, c, sum_dT)
+                store(carried, wide + c, lost)
+            for r in range(dt_rank):
+                for c in range(0, wide, LANES):
+                    gradient = full(scratch, 0.0)
+                    for i in range(rows):
+                        gradient = gradient + at(low_rank, i * columns + r) * load(d_raw, i * wide + c)
+                    _accumulate(into.dt_proj, lost_by.dt_proj, r * wide + c, gradient)
+                for i in range(rows):
+                    gradient = full(scratch, 0.0)
+                    for c in range(0, wide, LANES):
+                        gradient = gradient + load(d_raw, i * wide + c) * load(w.dt_proj, r * wide + c)
+                    low_rank[i * columns + r] = total(gradient)
+            # p again, for u and for silu's derivative, which takes the place of the step sizes.
+            _read(p, newest - k * stride * dim, stride * dim, rows, dim, u)
+            for c in range(0, rows * wide, LANES):
+                x = load(u, c)
+                open_ = sigmoid(x)
+                store(u, c, x * open_)
+                store(raw, c, open_ * (1.0 + x * (1.0 - open_)))
+            if k == 0:
+                for c in range(0, wide, LANES):
+                    gradient = load(kept, 4 * c) + load(w.D, c) * load(s, c)
+                    for n in range(dstate):
+                        row = (dt_rank + dstate + n) * wide + c
+                        gradient = gradient + at(dC, n) * load(w.x_proj, row)
+                        _accumulate(into.x_proj, lost_by.x_proj, row, at(dC, n) * load(u, c))
+                    store(kept, 4 * c, gradient)
+            for i in range(rows):
+                for c in range(0, wide, LANES):
+                    gradient = load(kept, 4 * ((k + i) * wide + c))
+                    for j in range(dt_rank + dstate):
+                        gradient = gradient + at(low_rank, i * columns + j) * load(w.x_proj, j * wide + c)
+                    store(raw, i * wide + c, gradient * load(raw, i * wide + c))
+                place = newest - (k + i) * stride * dim
+                for e in range(dim):
+                    dp[place + e] = raw[i * wide + e]
+            for j in range(dt_rank + dstate):
+                for c in range(0, wide, LANES):
+                    gradient = full(scratch, 0.0)
+                    for i in range(rows):
+                        gradient = gradient + at(low_rank, i * columns + j) * load(u, i * wide + c)
+                    _accumulate(into.x_proj, lost_by.x_proj, j * wide + c, gradient)
 
 
 @_entry

@@ -2,113 +2,126 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..reference.selective_scan import compute_dtype
 from .threads import run
 
-# A slice should take about a tenth of a millisecond; an exponential takes half a nanosecond, with its surroundings one.
-SLICE = 100_000  # exponentials
+if TYPE_CHECKING:
+    import numpy as np
+
+# A slice should take about a tenth of a millisecond; an exponential, with its surroundings, takes half a nanosecond.
+SLICE = 200_000  # exponentials
 
 
-def _flat(x: Tensor | None, dtype: torch.dtype, like: Tensor):
+class Packed(NamedTuple):
+    """The parameters as the kernels read them. They are copies."""
+
+    weights: np.ndarray
+    transposed: np.ndarray
+    dim: int
+    dstate: int
+    dt_rank: int
+    dtype: torch.dtype
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        return self.dim, self.dstate, self.dt_rank
+
+
+def _flat(x: Tensor | None, dtype: torch.dtype) -> np.ndarray:
     """As a flat contiguous array; None as an empty one."""
-    return (like.new_empty(0, dtype=dtype) if x is None else x.detach().to(dtype).contiguous()).view(-1).numpy()
+    if x is None:
+        return torch.empty(0, dtype=dtype).numpy()
+    return x.detach().to(dtype).contiguous().view(-1).numpy()
 
 
-def _packed(dtype, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D):
-    """The parameters as the kernels read them, and the three sizes."""
-    from . import kernels
-
-    sizes = (*A.shape, dt_proj_weight.shape[1])
-    weights = torch.empty(kernels.weights_size(*sizes), dtype=dtype).numpy()
-    transposed = torch.empty(kernels.transposed_size(*sizes), dtype=dtype).numpy()
-    parameters = (_flat(x, dtype, A) for x in (x_proj_weight, dt_proj_weight, dt_proj_bias, A, D))
-    kernels.pack(*parameters, weights, transposed, *sizes)
-    return weights, transposed, sizes
+def _scratch(size: int, dtype: torch.dtype) -> np.ndarray:
+    # torch's memory starts on a cache line; numpy's need not, which can halve the speed.
+    return torch.empty(size, dtype=dtype).numpy()
 
 
-def launch_forward(
-    p: Tensor,
+def pack(
     x_proj_weight: Tensor,
     dt_proj_weight: Tensor,
     dt_proj_bias: Tensor | None,
     A: Tensor,
     D: Tensor,
-    z: Tensor | None,
-    lengths: Tensor,
-    stride: int,
-) -> Tensor:
+    dtype: torch.dtype,
+) -> Packed:
+    """The parameters, packed for any number of calls in `dtype`, float32 or float64."""
+    from . import kernels
+
+    sizes = (A.shape[0], A.shape[1], dt_proj_weight.shape[1])
+    weights = _scratch(kernels.weights_size(*sizes), dtype)
+    transposed = _scratch(kernels.transposed_size(*sizes), dtype)
+    parameters = (_flat(x, dtype) for x in (x_proj_weight, dt_proj_weight, dt_proj_bias, A, D))
+    kernels.pack(*parameters, weights, transposed, *sizes)
+    return Packed(weights, transposed, *sizes, dtype)
+
+
+def _grain(packed: Packed, seqlen: int, stride: int) -> int:
+    """Rows of the batch that are worth a slice."""
+    return max(1, SLICE * stride // (seqlen * packed.dim * packed.dstate))
+
+
+def launch_forward(p: Tensor, packed: Packed, z: Tensor | None, lengths: Tensor, stride: int) -> Tensor:
     """y [B, E] in p's dtype."""
     from . import kernels
 
     batch, seqlen, dim = p.shape
-    dtype = compute_dtype(p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z)
-    weights, transposed, sizes = _packed(dtype, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D)
+    dtype, sizes = packed.dtype, packed.sizes
     y = torch.empty(batch, dim, dtype=dtype)
-    arrays = (*(_flat(x, dtype, p) for x in (p,)), _flat(lengths, torch.int64, p), _flat(z, dtype, p), _flat(y, dtype, p))
+    arrays = (_flat(p, dtype), _flat(lengths, torch.int64), _flat(z, dtype), _flat(y, dtype))
 
     def rows(first: int, last: int) -> None:
-        # torch's memory starts on a cache line, numpy's need not: half the speed.
-        scratch = torch.empty(kernels.forward_scratch(*sizes), dtype=dtype).numpy()
         kernels.forward(
-            *arrays, weights, transposed, scratch, first, last, seqlen, *sizes, stride, z is not None
+            *arrays, packed.weights, packed.transposed, _scratch(kernels.forward_scratch(*sizes), dtype),
+            first, last, seqlen, *sizes, stride, z is not None,
         )  # fmt: skip
 
-    run(rows, batch, _grain(seqlen, stride, A))
+    run(rows, batch, _grain(packed, seqlen, stride))
     return y.to(p.dtype)
 
 
-def _grain(seqlen: int, stride: int, A: Tensor) -> int:
-    return max(1, SLICE * stride // (seqlen * A.numel()))
-
-
 def launch_backward(
-    dy: Tensor,
-    p: Tensor,
-    x_proj_weight: Tensor,
-    dt_proj_weight: Tensor,
-    dt_proj_bias: Tensor | None,
-    A: Tensor,
-    D: Tensor,
-    z: Tensor | None,
-    lengths: Tensor,
-    stride: int,
+    dy: Tensor, p: Tensor, packed: Packed, has_bias: bool, z: Tensor | None, lengths: Tensor, stride: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of p, the five parameters and z; empty where there is no bias or no z."""
+    """The gradients of p, of x_proj's weight, dt_proj's weight and bias, A and D, and of z, in packed's dtype.
+
+    Empty where there is no bias or no z.
+    """
     from . import kernels
 
     batch, seqlen, dim = p.shape
-    dtype = compute_dtype(p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z)
-    weights, transposed, sizes = _packed(dtype, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D)
-    groups = -(-batch // kernels.GROUP)
+    dtype, sizes = packed.dtype, packed.sizes
+    _, dstate, dt_rank = sizes
     dp = torch.empty(batch, seqlen, dim, dtype=dtype)
     dz = torch.empty((0,) if z is None else (batch, dim), dtype=dtype)
-    sums = torch.empty(groups * weights.size, dtype=dtype).numpy()
-    arrays = (
-        _flat(p, dtype, p), _flat(lengths, torch.int64, p), _flat(z, dtype, p), _flat(dy, dtype, p), _flat(dp, dtype, p), _flat(dz, dtype, p)
-    )  # fmt: skip
+    groups = -(-batch // kernels.GROUP)
+    sums = _scratch(groups * packed.weights.size, dtype)
+    arrays = (_flat(p, dtype), _flat(lengths, torch.int64), *(_flat(x, dtype) for x in (z, dy, dp, dz)))
 
     def rows(first: int, last: int) -> None:
-        scratch = torch.empty(kernels.backward_scratch(seqlen, *sizes, stride), dtype=dtype).numpy()
         kernels.backward(
-            *arrays, sums, weights, transposed, scratch,
+            *arrays, sums, packed.weights, packed.transposed,
+            _scratch(kernels.backward_scratch(seqlen, *sizes, stride), dtype),
             first, last, batch, seqlen, *sizes, stride, z is not None,
         )  # fmt: skip
 
-    run(rows, groups, max(1, _grain(seqlen, stride, A) // (2 * kernels.GROUP)))
-    gradients = [
-        torch.empty((0,) if x is None else x.shape, dtype=dtype)
-        for x in (x_proj_weight, dt_proj_weight, dt_proj_bias, A, D)
-    ]
-    scratch = torch.empty(2 * weights.size, dtype=dtype).numpy()
-    kernels.combine(sums, scratch, *(_flat(gradient, dtype, p) for gradient in gradients), *sizes)
-    inputs = (p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z)
-    d_p, d_x, d_dt, d_bias, dA, dD, d_z = (
-        gradient if x is None else gradient.to(x.dtype) for gradient, x in zip((dp, *gradients, dz), inputs, strict=True)
-    )
-    return d_p, d_x, d_dt, d_bias, dA, dD, d_z
+    run(rows, groups, max(1, _grain(packed, seqlen, stride) // (2 * kernels.GROUP)))
+    d_x_proj = torch.empty(dt_rank + 2 * dstate, dim, dtype=dtype)
+    d_dt_proj = torch.empty(dim, dt_rank, dtype=dtype)
+    d_bias = torch.empty(dim if has_bias else 0, dtype=dtype)
+    dA, dD = torch.empty(dim, dstate, dtype=dtype), torch.empty(dim, dtype=dtype)
+    kernels.combine(
+        sums, _scratch(2 * packed.weights.size, dtype),
+        *(_flat(x, dtype) for x in (d_x_proj, d_dt_proj, d_bias, dA, dD)), *sizes,
+    )  # fmt: skip
+    return dp, d_x_proj, d_dt_proj, d_bias, dA, dD, dz
 
 
 @torch.library.custom_op("fastm2rec::cpu_last_scan", mutates_args=(), device_types="cpu")
@@ -123,7 +136,9 @@ def _forward_op(
     lengths: Tensor,
     stride: int,
 ) -> Tensor:
-    return launch_forward(p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z, lengths, stride)
+    dtype = compute_dtype(p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z)
+    packed = pack(x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, dtype)
+    return launch_forward(p, packed, z, lengths, stride)
 
 
 @_forward_op.register_fake
@@ -144,16 +159,20 @@ def _backward_op(
     lengths: Tensor,
     stride: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    return launch_backward(dy, p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z, lengths, stride)
+    inputs = (p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z)
+    packed = pack(x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, compute_dtype(*inputs))
+    found = launch_backward(dy, p, packed, dt_proj_bias is not None, z, lengths, stride)
+    d_p, d_x, d_dt, d_bias, dA, dD, dz = (
+        dx if x is None else dx.to(x.dtype) for dx, x in zip(found, inputs, strict=True)
+    )
+    return d_p, d_x, d_dt, d_bias, dA, dD, dz
 
 
 @_backward_op.register_fake
 def _(dy, p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z, lengths, stride):
-    dtype = compute_dtype(p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z)
-    return tuple(
-        p.new_empty(0, dtype=dtype) if x is None else x.new_empty(x.shape)
-        for x in (p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z)
-    )
+    inputs = (p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z)
+    dtype = compute_dtype(*inputs)
+    return tuple(p.new_empty(0, dtype=dtype) if x is None else x.new_empty(x.shape) for x in inputs)
 
 
 def _save(ctx, inputs, output) -> None:

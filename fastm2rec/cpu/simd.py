@@ -1,8 +1,8 @@
-"""`Lanes`: sixteen numbers as one value in numba code, and the functions of them that the kernels need.
+"""`Lanes`: several numbers as one value in numba code, and the functions of them that the kernels need.
 
 LLVM's own vectoriser gives up on a loop over as many arrays as the backward pass has, and cannot keep sums of several
 rows in registers. With a vector type the kernels say what they want: `+ - * /` of Lanes with Lanes or with a number,
-`load`, `store`, `total`. A machine whose registers are narrower uses several for one value.
+`load`, `store`, `total`.
 
 Multiplications and additions may be fused, nothing else may be reordered: compensated sums and the rounding in `exp2`
 depend on it. NaN stays NaN through every function here.
@@ -12,13 +12,21 @@ from __future__ import annotations
 
 import math
 import operator
+from typing import Any
 
+import numba.extending
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic, lower_builtin, models, overload, register_jitable, register_model, type_callable
+from numba.core.codegen import get_host_cpu_features
+from numba.extending import lower_builtin, models, overload, register_jitable, register_model, type_callable
 
-LANES = 16
+# What it decorates is called with other arguments than it is defined with, which type checkers cannot know.
+intrinsic: Any = numba.extending.intrinsic
+
+# Two registers of float32 to a value, so that each instruction has an independent one beside it: on a processor with
+# AVX-512 (Zen 4) 10 % less time than one register forward, 20 % less backward.
+LANES = 32 if "+avx512f" in get_host_cpu_features().split(",") else 16
 
 
 class Lanes(types.Type):
@@ -154,9 +162,7 @@ def total(typingctx, x):
                 ir.Constant(ir.VectorType(ir.IntType(32), width), list(range(start, start + width)))
                 for start in (0, width)
             )
-            value = builder.fadd(
-                builder.shuffle_vector(value, value, low), builder.shuffle_vector(value, value, high)
-            )
+            value = builder.fadd(builder.shuffle_vector(value, value, low), builder.shuffle_vector(value, value, high))
         return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
 
     return x.dtype(x), codegen

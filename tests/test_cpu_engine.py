@@ -1,0 +1,321 @@
+"""The numba engine against the reference: values, every gradient, threads, forks, and what a custom op must do."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests._bounds import assert_as_good, cast, gradients
+
+pytest.importorskip("numba", reason="numba is not installed")
+
+from fastm2rec import cpu
+from fastm2rec.cpu import kernels
+from fastm2rec.cpu import last_scan as engine
+from fastm2rec.cpu.last_scan import _backward_op, _forward_op, last_scan
+from fastm2rec.reference.last_scan import last_scan as reference
+from fastm2rec.reference.mamba import Mamba
+
+NAMES = ("y", "dp", "dx_proj", "ddt_proj", "dbias", "dA", "dD", "dz")
+
+
+def _inputs(
+    lengths: list[int], dim: int = 20, dstate: int = 3, dt_rank: int = 2, *, bias: bool = True, z: bool = True
+) -> list[Any]:
+    """Step sizes about 0.1 and every state alive: nothing is lost in the decay."""
+    batch, seqlen = len(lengths), max(lengths)
+    return [
+        torch.randn(batch, seqlen, dim),
+        torch.randn(dt_rank + 2 * dstate, dim) * dim**-0.5,
+        torch.randn(dim, dt_rank) * dt_rank**-0.5,
+        torch.rand(dim) * 3 - 4 if bias else None,
+        -torch.arange(1.0, dstate + 1) * torch.exp(0.1 * torch.randn(dim, dstate)),
+        torch.randn(dim),
+        torch.randn(batch, dim) if z else None,
+        torch.tensor(lengths),
+    ]
+
+
+def _check(name: str, values: list[Any]) -> None:
+    got, plain, exact = values
+    assert_as_good(got, plain, exact, name=name)
+
+
+@pytest.fixture
+def threads() -> Iterator[Any]:
+    """Sets the number of threads, for the test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def finely_sliced(monkeypatch: pytest.MonkeyPatch, threads: Any) -> None:
+    """Every row, and every group of rows, may go to another thread."""
+    monkeypatch.setattr(engine, "SLICE", 1)
+    threads(3)
+
+
+@pytest.mark.usefixtures("nan_filled")
+@pytest.mark.parametrize(
+    ("lengths", "stride", "dim", "dstate", "dt_rank", "bias", "z"),
+    [
+        ([1, 7, 50, 63, 200, 201], 1, 128, 16, 4, True, True),
+        ([201, 1, 2, 200, 8, 9, 63, 50, 17], 2, 20, 3, 1, True, False),
+        ([63, 7, 1], 3, 33, 32, 5, False, True),
+        ([1], 1, 1, 1, 1, False, False),
+        ([50], 1, 40, 17, 3, True, True),
+        ([64] * 8 + [3], 3, 31, 2, 2, True, True),
+    ],
+)
+def test_values_and_gradients(
+    lengths: list[int], stride: int, dim: int, dstate: int, dt_rank: int, bias: bool, z: bool
+) -> None:
+    inputs = _inputs(lengths, dim, dstate, dt_rank, bias=bias, z=z)
+    dy = torch.randn(len(lengths), dim)
+    got = gradients(partial(last_scan, stride=stride), inputs, dy)
+    plain = gradients(partial(reference, stride=stride), inputs, dy)
+    exact = gradients(partial(reference, stride=stride), cast(inputs, torch.float64), dy)
+    present = [name for name in NAMES if not (name == "dbias" and not bias) and not (name == "dz" and not z)]
+    for name, *values in zip(present, got, plain, exact, strict=True):
+        _check(name, values)
+    # In float64 it computes the same sums in another order; these are short enough to lose ten units in the last place.
+    got = gradients(partial(last_scan, stride=stride), cast(inputs, torch.float64), dy)
+    for name, a, b in zip(present, got, exact, strict=True):
+        assert (a - b).abs().max() <= 1e-13 * b.abs().max(), name
+
+
+@pytest.mark.parametrize("seqlen", [200, 1600])
+def test_error_of_a_model_as_it_starts(seqlen: int) -> None:
+    """Below a millionth, also over sequences so long that a plain sum over time loses two."""
+    block = Mamba(64)
+    p, z = torch.randn(4, seqlen, 128), torch.randn(4, 128)
+    inputs = [
+        p, block.x_proj.weight, block.dt_proj.weight, block.dt_proj.bias, -torch.exp(block.A_log), block.D, z,
+        torch.full((4,), seqlen),
+    ]  # fmt: skip
+    exact = gradients(reference, cast(inputs, torch.float64), torch.ones(4, 128))
+    for name, a, b in zip(NAMES, gradients(last_scan, inputs, torch.ones(4, 128)), exact, strict=True):
+        assert (a.double() - b).norm() <= 1e-6 * b.norm(), name
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("optional", [True, False])
+def test_gradcheck(stride: int, optional: bool) -> None:
+    inputs: list[Any] = [*cast(_inputs([5, 1, 4], 3, 2, 2, bias=optional, z=optional), torch.float64)]
+    *leaves, lengths = inputs
+    wanted: Any = [leaf if leaf is None else leaf.requires_grad_() for leaf in leaves]
+    assert torch.autograd.gradcheck(partial(last_scan, lengths=lengths, stride=stride), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
+    inputs = cast(_inputs([50, 7]), dtype)
+    dy = torch.randn(2, 20, dtype=dtype)
+    exact = gradients(reference, cast(inputs, torch.float64), dy)
+    for name, *values in zip(
+        NAMES, gradients(last_scan, inputs, dy), gradients(reference, inputs, dy), exact, strict=True
+    ):
+        _check(name, values)
+
+
+def test_any_strides_and_rows_that_do_not_depend_on_their_batch() -> None:
+    *inputs, z, lengths = _inputs([63, 1, 50, 8, 9, 63, 2, 30, 31, 32])
+    dy = torch.randn(10, 20)
+    expected = gradients(last_scan, [*inputs, z, lengths], dy)
+    wide = torch.randn(20, 63, 80)
+    wide[::2, :, ::4] = inputs[0]
+    channel_first = inputs[0].transpose(1, 2).contiguous().transpose(1, 2)
+    for p in (wide[::2, :, ::4], channel_first):
+        views = [p, *(x if x is None or x.dim() == 1 else x.t().contiguous().t() for x in (*inputs[1:], z)), lengths]
+        for name, a, b in zip(NAMES, gradients(last_scan, views, dy), expected, strict=True):
+            assert torch.equal(a, b), name
+    for row in range(10):
+        one = slice(row, row + 1)
+        got = gradients(last_scan, [inputs[0][one], *inputs[1:], z[one], lengths[one]], dy[one])
+        for place in (0, 1, 7):  # y, dp, dz
+            assert torch.equal(got[place], expected[place][one]), (row, NAMES[place])
+
+
+def test_padding_and_skipped_positions_are_not_read_and_get_no_gradient() -> None:
+    inputs = _inputs([9, 4])
+    dy = torch.randn(2, 20)
+    before = gradients(partial(last_scan, stride=2), inputs, dy)
+    unused = torch.ones(2, 9, dtype=torch.bool)
+    unused[0, 0:9:2] = False
+    unused[1, 1:4:2] = False
+    assert not before[1][unused].any()
+    inputs[0][unused] = torch.nan
+    for a, b in zip(gradients(partial(last_scan, stride=2), inputs, dy), before, strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("place", range(7))
+def test_nan_is_not_lost(place: int) -> None:
+    """exp, softplus and sigmoid clamp their argument: a NaN must come through, or a diverged training looks well."""
+    inputs = _inputs([9, 4])
+    inputs[place] = torch.full_like(inputs[place], torch.nan)
+    assert last_scan(*inputs).isnan().all()
+
+
+def test_extreme_inputs_stay_finite_and_right() -> None:
+    """Beside a row of the usual size: the engine's exp ends at 2^-100 where the reference's ends at 0."""
+    inputs = _inputs([30, 30, 30])
+    inputs[0][0] *= 1e4
+    inputs[0][1] *= 1e-30
+    dy = torch.randn(3, 20)
+    exact = gradients(reference, cast(inputs, torch.float64), dy)
+    for name, *values in zip(
+        NAMES, gradients(last_scan, inputs, dy), gradients(reference, inputs, dy), exact, strict=True
+    ):
+        _check(name, values)
+
+
+@pytest.mark.usefixtures("finely_sliced")
+def test_bits_do_not_depend_on_the_threads(threads: Any) -> None:
+    inputs = _inputs([63, 1, 50, 8, 9] * 5, 40, 5)
+    dy = torch.randn(25, 40)
+    results = []
+    for n in (1, 2, 3, 16, 3):
+        threads(n)
+        results.append(gradients(last_scan, inputs, dy))
+    for other in results[1:]:
+        for name, a, b in zip(NAMES, results[0], other, strict=True):
+            assert torch.equal(a, b), name
+
+
+@pytest.mark.usefixtures("finely_sliced")
+def test_sixteen_threads_at_once() -> None:
+    cases = []
+    for n in range(16):
+        inputs, dy = _inputs([63, 1 + n, 50, 8, 9] * 2), torch.randn(10, 20)
+        cases.append((inputs, dy, gradients(last_scan, inputs, dy)))
+    barrier = threading.Barrier(16)
+    wrong: list[Any] = []
+
+    def hammer(inputs: list[Any], dy: Tensor, expected: list[Tensor]) -> None:
+        torch.set_num_threads(3)
+        barrier.wait()
+        try:
+            for _ in range(10):
+                got = gradients(last_scan, inputs, dy)
+                if not all(torch.equal(a, b) for a, b in zip(got, expected, strict=True)):
+                    wrong.append("a result changed")
+        except BaseException as error:
+            wrong.append(error)
+
+    workers = [threading.Thread(target=hammer, args=case) for case in cases]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(timeout=120)
+        assert not worker.is_alive()
+    assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.usefixtures("finely_sliced")
+def test_a_forked_child_computes_the_same() -> None:
+    inputs, dy = _inputs([63, 1, 50, 8, 9] * 4), torch.randn(20, 20)
+    p, W, W_dt, bias, A, D, z, lengths = inputs
+    packed = engine.pack(W, W_dt, bias, A, D, torch.float32)
+
+    def compute() -> list[Tensor]:
+        forward = engine.launch_forward(p, packed, z, lengths, 1)
+        return [forward, *engine.launch_backward(dy, p, packed, True, z, lengths, 1)]
+
+    expected = compute()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)  # a child that waits for threads that it does not have is killed
+        same = False
+        try:
+            same = all(torch.equal(a, b) for a, b in zip(compute(), expected, strict=True))
+        finally:
+            os._exit(0 if same else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert all(torch.equal(a, b) for a, b in zip(compute(), expected, strict=True))
+
+
+@pytest.mark.usefixtures("finely_sliced")
+def test_a_failure_on_another_thread_is_raised() -> None:
+    from fastm2rec.cpu.threads import run
+
+    done = []
+
+    def task(first: int, last: int) -> None:
+        if first >= 5:
+            raise ArithmeticError(first)
+        done.append(first)
+
+    with pytest.raises(ArithmeticError):
+        run(task, 20, 1)
+    run(lambda first, last: done.extend(range(first, last)), 20, 1)
+    assert set(done) >= set(range(20))
+
+
+def test_an_empty_batch_and_a_length_that_nobody_checked() -> None:
+    inputs = _inputs([5, 3])
+    empty = [inputs[0][:0], *inputs[1:6], inputs[6][:0], inputs[7][:0]]
+    got = gradients(last_scan, empty, torch.empty(0, 20))
+    assert got[0].shape == (0, 20)
+    assert not any(gradient.any() for gradient in got)
+    expected = last_scan(*inputs)
+    for wrong in (0, -3, 6, 2**40):
+        inputs[-1][1] = wrong
+        y, dp, *_ = gradients(last_scan, inputs, torch.ones(2, 20))
+        assert torch.equal(y[0], expected[0])
+        assert y[1].isnan().all()
+        assert dp[1].isnan().all()
+
+
+@pytest.mark.parametrize("optional", [True, False])
+def test_opcheck(optional: bool) -> None:
+    *leaves, lengths = _inputs([9, 2], bias=optional, z=optional)
+    plain = [*leaves, lengths, 2]
+    torch.library.opcheck(_backward_op, (torch.randn(2, 20), *plain))
+    torch.library.opcheck(_forward_op, (*(x if x is None else x.requires_grad_() for x in leaves), lengths, 2))
+
+
+def test_compile_and_export() -> None:
+    inputs = _inputs([9, 2])
+    dy = torch.randn(2, 20)
+    compiled = torch.compile(last_scan, fullgraph=True, backend="aot_eager")
+    for a, b in zip(gradients(compiled, inputs, dy), gradients(last_scan, inputs, dy), strict=True):
+        assert torch.equal(a, b)
+
+    class Module(torch.nn.Module):
+        def forward(self, *args: Any) -> Tensor:
+            return last_scan(*args)
+
+    program = torch.export.export(Module(), tuple(inputs), strict=False)
+    assert torch.equal(program.module()(*inputs), last_scan(*inputs))
+
+
+def test_numba_is_imported_when_a_kernel_runs_and_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cpu.missing() is None
+    monkeypatch.setattr(cpu, "_HAS_NUMBA", False)
+    assert cpu.missing() == "numba is not installed (pip install 'fastm2rec[cpu]')"
+    code = "import sys, fastm2rec, fastm2rec.cpu.last_scan; sys.exit('numba' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_place_without_a_cache_still_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    def njit(function: Any, cache: bool = False, **options: Any) -> Any:
+        if cache:
+            raise RuntimeError("cannot cache function: no locator available")
+        return "compiled"
+
+    monkeypatch.setattr(kernels, "njit", njit)
+    assert kernels._entry(lambda: None) == "compiled"

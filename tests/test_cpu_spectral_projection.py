@@ -1,0 +1,89 @@
+"""The filter with the convolution inside its matrix products, against the reference."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastm2rec.cpu import spectral_projection as module
+from fastm2rec.cpu.spectral_projection import spectral_projection
+from fastm2rec.reference.spectral_projection import spectral_projection as reference
+from tests._bounds import SLACK, assert_as_good, cast, gradients
+
+MASKS = ("none", "R", "BR", "RC")
+
+
+def _inputs(seqlen: int, columns: int, width: int, mask: str, *, per_row: bool, conv_first: bool) -> list[Any]:
+    """x, basis, mask, weight, bias, conv_weight, conv_bias in float64."""
+    B, C, E = 3, 4, 5
+
+    def r(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64)
+
+    masks = {"none": None, "R": r(columns), "BR": r(B, columns), "RC": r(columns, E if conv_first else C)}
+    basis, _ = torch.linalg.qr(r(B, seqlen, columns) if per_row else r(seqlen, columns))
+    return [r(B, seqlen, C), basis, masks[mask], r(E, C), r(E), r(E, width), r(E)]
+
+
+def _call(function: Any, inputs: list[Any], **options: Any) -> Tensor:
+    *positional, conv_weight, conv_bias = inputs
+    return function(*positional, conv_weight=conv_weight, conv_bias=conv_bias, **options)
+
+
+@pytest.mark.parametrize(
+    ("per_row", "mask", "conv_first"), list(itertools.product([False, True], MASKS, [False, True]))
+)
+@pytest.mark.parametrize(("seqlen", "columns", "width"), [(50, 11, 4), (7, 2, 3), (1, 1, 1), (9, 2, 1)])
+def test_values_and_gradients(
+    seqlen: int, columns: int, width: int, per_row: bool, mask: str, conv_first: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inputs = _inputs(seqlen, columns, width, mask, per_row=per_row, conv_first=conv_first)
+    dy = torch.randn(3, seqlen, 5)
+    options = {"conv_first": conv_first, "activation": "silu"}
+    exact = gradients(lambda *args: _call(reference, list(args), **options), inputs, dy.double())
+    single = cast(inputs, torch.float32)
+    plain = gradients(lambda *args: _call(reference, list(args), **options), single, dy)
+    monkeypatch.setattr(module, "reference", None)  # it must not be asked
+    got = gradients(lambda *args: _call(spectral_projection, list(args), **options), single, dy)
+    double = gradients(lambda *args: _call(spectral_projection, list(args), **options), inputs, dy.double())
+    for place, (a, b, c) in enumerate(zip(got, plain, exact, strict=True)):
+        # Its sums have up to 4 times as many terms, hence twice the error, and each term has one more rounding (w * W).
+        assert_as_good(a, b, c, slack=2 * SLACK, name=f"result {place}")
+    for a, b in zip(double, exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("absent", [4, 6])
+@pytest.mark.parametrize("conv_first", [False, True])
+def test_biases_are_optional(absent: int, conv_first: bool) -> None:
+    inputs = _inputs(20, 3, 4, "R", per_row=False, conv_first=conv_first)
+    inputs[absent] = None
+    got, expected = (_call(f, inputs, conv_first=conv_first) for f in (spectral_projection, reference))
+    torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("conv_first", [False, True])
+@pytest.mark.parametrize(
+    ("seqlen", "columns", "without"), [(9, 9, ()), (9, 3, ()), (20, 3, (3, 4)), (20, 3, (5, 6)), (20, 3, (3, 4, 5, 6))]
+)
+def test_elsewhere_it_is_the_reference(seqlen: int, columns: int, without: tuple[int, ...], conv_first: bool) -> None:
+    inputs = _inputs(seqlen, columns, 4, "none", per_row=False, conv_first=conv_first)
+    if 3 in without:
+        inputs[5], inputs[6] = torch.randn(4, 4, dtype=torch.float64), None
+    for place in without:
+        inputs[place] = None
+    conv_first = conv_first and inputs[5] is not None
+    got, expected = (_call(f, inputs, conv_first=conv_first) for f in (spectral_projection, reference))
+    assert torch.equal(got, expected)
+
+
+def test_half_precision_is_computed_in_float32() -> None:
+    inputs = cast(_inputs(50, 11, 4, "R", per_row=False, conv_first=True), torch.bfloat16)
+    exact = _call(reference, cast(inputs, torch.float64), conv_first=True)
+    assert_as_good(
+        _call(spectral_projection, inputs, conv_first=True), _call(reference, inputs, conv_first=True), exact
+    )
