@@ -5,6 +5,7 @@ A `Case` is one row of a table before it has times: what runs, what checks it, o
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import shutil
 from collections.abc import Callable
@@ -116,31 +117,28 @@ def _mamba_cases(name: str, seqlen: int, sizes: Sizes) -> list[Case]:
         return specification(item_ids.cpu(), lengths.cpu())
 
     table = model.item_weight.detach()
-    row = Case(name, "reference", "eager", config, model.encode, check, table)
-    rows = [row, _compiled(row, model, sizes.device)]
+    plain = _through(model, "reference")
+    row = Case(name, "reference", "eager", config, plain.encode, check, table)
+    rows = [row, _compiled(row, plain, sizes.device)]
     if name == "m2rec":
         assembled = ReferenceM2Rec(config, torch.zeros(sizes.n_items + 1, TEXT_DIM)).eval()
         assembled.load_state_dict(model.state_dict())
         assembled.to(sizes.device, sizes.dtype)
         rows.append(Case(name, "torch.fft + loop", "eager", config, assembled, check, table))
     for other in ("triton", "cpu", "mamba_ssm"):
-        reason = impl.unavailable("last_state", other, sizes.device)
+        reason = impl.unavailable("last_scan", other, sizes.device)
         if reason is None:
-            rows.append(Case(name, other, "eager", config, _through(model, other), check, table))
+            rows.append(Case(name, other, "eager", config, _through(model, other).encode, check, table))
         else:
             rows.append(Case(name, other, "eager", config, skipped=reason))
     return rows
 
 
-def _through(model: SequentialRecommender, name: str) -> Encode:
-    def encode(item_ids: Tensor, lengths: Tensor) -> Tensor:
-        model.impl = name  # type: ignore[assignment]
-        try:
-            return model.encode(item_ids, lengths)
-        finally:
-            model.impl = impl.AUTO  # type: ignore[assignment]
-
-    return encode
+def _through(model: SequentialRecommender, name: str) -> SequentialRecommender:
+    """The same weights through another implementation."""
+    twin = copy.copy(model)
+    twin.impl = name  # type: ignore[assignment]
+    return twin
 
 
 def _attention_cases(name: str, seqlen: int, sizes: Sizes) -> list[Case]:

@@ -76,7 +76,7 @@ def encode_last_head_kernel(
     item = tl.load(ids_ptr + offs_b * stride_ids_b + last * stride_ids_t, mask=mask_b, other=0).to(tl.int64)
 
     y = _table_rows(parts_ptr, offs_b, offs_e, E, E, mask_b, ACC)
-    for split in tl.static_range(1, SPLITS):
+    for split in range(1, SPLITS):
         y += _table_rows(parts_ptr, split * batch + offs_b, offs_e, E, E, mask_b, ACC)
     if SCAN_NORM:
         y = _layer_norm(y, scan_norm_weight_ptr, scan_norm_bias_ptr, offs_e, E, eps)

@@ -58,22 +58,24 @@ def launch_rows(
     (batch, seqlen), channels = item_ids.shape, w["u_table"].shape[1]
     dtype = w["u_table"].dtype
     types = _types(dtype)
-    block_e = min(_block(channels), 128)
     shared = {
-        "PER_LENGTH": spectra > 1, "INNER": placement == "inner", "TAPS": len(w["taps"]), "BLOCK_R": 64,
-        "BLOCK_E": block_e, "ACC": types["ACC"], "PRECISION": types["PRECISION"],
+        "PER_LENGTH": spectra > 1, "INNER": placement == "inner", "TAPS": len(w["taps"]), "BLOCK_R": MAX_COLUMNS,
+        "ACC": types["ACC"], "PRECISION": types["PRECISION"],
     }  # fmt: skip
     p = torch.empty(batch, columns, channels, dtype=dtype, device=item_ids.device)
-    columns_kernel[(batch, columns // 64, triton.cdiv(channels, block_e))](
+    block_e = min(_block(channels), 128)
+    columns_kernel[(batch, columns // MAX_COLUMNS, triton.cdiv(channels, block_e))](
         item_ids, lengths, w["u_table"], w["taps"], w["conv_bias"], w["basis"], w["gain"], w["offset"], p,
-        max_len, columns, channels, *item_ids.stride(), **shared, DOT=types["DOT"], BLOCK_T=32, num_warps=8,
+        max_len, columns, channels, *item_ids.stride(), **shared, DOT=types["DOT"],
+        BLOCK_T=32, BLOCK_E=block_e, num_warps=8,
     )  # fmt: skip
     kept_slots = triton.cdiv(seqlen, stride)
+    block_e = min(block_e, 64)  # an accumulator for each tap
     block_t, stages = (64, 2) if dtype.itemsize == 2 else (32, 1)
     u = torch.empty(batch, kept_slots, channels, dtype=dtype, device=item_ids.device)
     rows_kernel[(batch, triton.cdiv(kept_slots, block_t), triton.cdiv(channels, block_e))](
         lengths, p, w["taps"], w["conv_bias"], w["basis"], u, max_len, kept_slots, stride, columns, channels,
-        **shared, BLOCK_T=block_t, num_warps=8, num_stages=stages,
+        **shared, BLOCK_T=block_t, BLOCK_E=block_e, num_warps=8, num_stages=stages,
     )  # fmt: skip
     return u
 
@@ -106,11 +108,12 @@ def launch_scan(
 
 
 def _scan_options(dtype: torch.dtype, nodes: int, block_r: int, dstate: int, channels: int) -> dict[str, Any]:
-    # Nodes of 32 states need twice the registers; exact ones get two programs onto a multiprocessor.
-    options: dict[str, Any] = {"num_warps": 4 if nodes and dstate <= 16 else 8, "num_stages": 1}
-    options["BLOCK_L"] = 32 if block_r <= 32 else 16
-    if dtype.itemsize == 2 and not nodes and channels <= 128:
-        options["maxnreg"] = 128
+    half = dtype.itemsize == 2
+    options: dict[str, Any] = {"num_stages": 1, "BLOCK_L": 32 if half and block_r <= 32 else 16}
+    # A node's coefficients take a warp's registers by the number of states.
+    options["num_warps"] = 4 if nodes and dstate <= 16 else 8
+    if half and not nodes and channels <= 128:
+        options["maxnreg"] = 128  # two programs on a multiprocessor
     return options
 
 

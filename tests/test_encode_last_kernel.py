@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastm2rec import M2Rec, M2RecConfig
-from fastm2rec.folded import Folded, fold
+from fastm2rec.folded import COLUMN_TILE, Folded, fold
 from fastm2rec.reference.encode_last import encode_last as reference
 from tests._bounds import assert_as_good
 
@@ -142,6 +142,7 @@ def test_exponentials_are_chosen_as_asked(device: torch.device) -> None:
 
 
 def test_sizes_that_no_program_holds_are_named(device: torch.device) -> None:
+    assert module.MAX_COLUMNS == COLUMN_TILE
     item_ids, n = batch([3], 24, device)
     with pytest.raises(ValueError, match="d_inner: expected at most 256 in these kernels, got 288"):
         encode_last(item_ids, n, fold(build(d_model=144).to(device)))

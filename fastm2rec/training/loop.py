@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from .._version import __version__
+from ..config import M2RecConfig
+from ..impl import AUTO, chosen
 from ..storage import PathLike
 from .checkpoint import Progress, go_back, load_checkpoint, save_checkpoint
 from .config import RunConfig
@@ -133,6 +135,8 @@ class _Training:
         path = self.folder.checkpoint(resume)
         if path is not None:
             self._restore(path)
+        if "impl" in self._origin():
+            self.report(f"{self.config.model_name} on {self.runtime.device}, implementation: {self._origin()['impl']}")
         self.runtime.wait()  # nobody writes while another still reads
         if self.runtime.is_main:
             if path is not None and path.name == PREVIOUS:
@@ -291,7 +295,9 @@ class _Training:
     def _origin(self) -> dict[str, Any]:
         """What the last digits of a result depend on."""
         device = self.runtime.device
+        impl = {"impl": chosen("last_scan", AUTO, device)} if isinstance(self.config.model, M2RecConfig) else {}
         return {
+            **impl,
             "threads": torch.get_num_threads(),
             "processes": self.runtime.processes,
             "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
