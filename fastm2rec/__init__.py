@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from .base import Recommendation, SequentialRecommender, build_model
     from .baselines import BERT4Rec, SASRec
     from .config import BERT4RecConfig, M2RecConfig, SASRecConfig
+    from .folded import FoldedM2Rec
     from .impl import ImplementationError
     from .model import M2Rec, M2RecEncoder
     from .storage import StorageError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 _HOME = {
     "BERT4Rec": "baselines",
     "BERT4RecConfig": "config",
+    "FoldedM2Rec": "folded",
     "ImplementationError": "impl",
     "M2Rec": "model",
     "M2RecConfig": "config",
@@ -40,6 +42,7 @@ _HOME = {
 __all__ = [
     "BERT4Rec",
     "BERT4RecConfig",
+    "FoldedM2Rec",
     "ImplementationError",
     "M2Rec",
     "M2RecConfig",

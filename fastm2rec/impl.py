@@ -25,6 +25,7 @@ class ImplementationError(RuntimeError):
 def _reference() -> dict[str, Callable[..., Any]]:
     # Imports in a function are late, and unlike importlib's they can be traced by torch.compile.
     from .reference.causal_conv1d import causal_conv1d
+    from .reference.encode_last import encode_last
     from .reference.gated_fusion import gated_fusion
     from .reference.last_scan import last_scan
     from .reference.last_state import last_state
@@ -33,6 +34,7 @@ def _reference() -> dict[str, Callable[..., Any]]:
 
     return {
         "causal_conv1d": causal_conv1d,
+        "encode_last": encode_last,
         "gated_fusion": gated_fusion,
         "last_scan": last_scan,
         "last_state": last_state,
@@ -45,12 +47,19 @@ def _reference() -> dict[str, Callable[..., Any]]:
 def _cpu() -> dict[str, Callable[..., Any]]:
     from .cpu.last_scan import last_scan
     from .cpu.spectral_projection import spectral_projection
+    from .reference.encode_last import encode_last
 
-    return {**_reference(), "last_scan": last_scan, "spectral_projection": spectral_projection}
+    return {
+        **_reference(),
+        "encode_last": partial(encode_last, scan=last_scan),
+        "last_scan": last_scan,
+        "spectral_projection": spectral_projection,
+    }
 
 
 def _triton() -> dict[str, Callable[..., Any]]:
     from .kernels.causal_conv1d import causal_conv1d
+    from .kernels.encode_last import encode_last
     from .kernels.gated_fusion import gated_fusion
     from .kernels.last_state import last_state
     from .kernels.selective_scan import selective_scan
@@ -60,6 +69,7 @@ def _triton() -> dict[str, Callable[..., Any]]:
 
     return {
         "causal_conv1d": causal_conv1d,
+        "encode_last": encode_last,
         "gated_fusion": gated_fusion,
         "last_scan": partial(last_scan, scan=last_state),
         "last_state": last_state,
@@ -129,8 +139,8 @@ class _Implementation:
 
 _OPS = frozenset(
     {
-        "causal_conv1d", "gated_fusion", "last_scan", "last_state", "selective_scan", "spectral_projection",
-        "spectral_projection_fft",
+        "causal_conv1d", "encode_last", "gated_fusion", "last_scan", "last_state", "selective_scan",
+        "spectral_projection", "spectral_projection_fft",
     }
 )  # fmt: skip
 

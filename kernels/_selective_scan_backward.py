@@ -187,9 +187,7 @@ def _sum_blocks_kernel(
 
 def tile(block_n: int) -> tuple[int, int]:
     """BLOCK_D and warps: 16 elements of a state a thread at most; several such tensors are held, and addresses."""
-    if block_n <= 8:
-        return 64, 1
-    return (32, block_n // 16) if block_n <= 128 else (16, 8)
+    return (32, max(block_n // 16, 1)) if block_n <= 128 else (16, 8)
 
 
 def steps(dim: int, block_n: int) -> int:
@@ -258,7 +256,7 @@ def backward(
         SOFTPLUS=delta_softplus, HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None,
         HAS_INITIAL=initial_state is not None, HAS_DLAST=dlast_state is not None, PACKED=cu_seqlens is not None,
         CHUNK=CHUNK, STEPS=steps(dim, block_n), BLOCK_N=block_n, BLOCK_D=block_d, ACC=triton_dtype(dtype),
-        num_warps=warps,
+        num_warps=warps, maxnreg=255,  # left alone, ptxas may spill to have more blocks
     )  # fmt: skip
 
     def gradient(value: Tensor, like: Tensor | None, summed: bool = True) -> Tensor:

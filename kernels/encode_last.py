@@ -36,7 +36,8 @@ WEIGHTS = (*SCAN_WEIGHTS, *HEAD_WEIGHTS, "last_weights")
 
 # P of more columns does not fit in the registers of a program.
 MAX_COLUMNS = 64
-MAX_CHANNELS, MAX_STATES = 256, 64
+# One program has all channels of a row; float32 ones take twice the registers.
+MAX_CHANNELS, MAX_CHANNELS_HALF, MAX_STATES = 128, 256, 64
 COEFFICIENT_BYTES = 128 * 1024  # of shared memory, for the coefficients of all nodes
 BLOCK_T = 16
 
@@ -71,7 +72,7 @@ def launch_rows(
     )  # fmt: skip
     kept_slots = triton.cdiv(seqlen, stride)
     block_e = min(block_e, 64)  # an accumulator for each tap
-    block_t, stages = (64, 2) if dtype.itemsize == 2 else (32, 1)
+    block_t, stages = (64, 2) if dtype.itemsize == 2 and placement == "inner" else (32, 1)
     u = torch.empty(batch, kept_slots, channels, dtype=dtype, device=item_ids.device)
     rows_kernel[(batch, triton.cdiv(kept_slots, block_t), triton.cdiv(channels, block_e))](
         lengths, p, w["taps"], w["conv_bias"], w["basis"], u, max_len, kept_slots, stride, columns, channels,
@@ -139,13 +140,14 @@ def launch_head(
     hidden = w["fc1"].shape[1]
     dtype = w["u_table"].dtype
     query = torch.empty(batch, dim, dtype=dtype, device=item_ids.device)
-    block_b, block_h = (32, 64) if dtype.itemsize == 2 else (16, 32)  # operands in three TF32 parts take more registers
+    # Operands in three TF32 parts take more registers, and so do wide rows.
+    block_b, block_h = (16, 16) if dim > 64 else (32, 64) if dtype.itemsize == 2 else (16, 32)
     encode_last_head_kernel[(triton.cdiv(batch, block_b),)](
         item_ids, lengths, parts, z, *(w[name] for name in HEAD_WEIGHTS),
         query, batch, eps, dim, channels, hidden, *item_ids.stride(),
         SPLITS=len(parts), HAS_Z=z is not None, SCAN_NORM=w["scan_norm_weight"] is not None, GATE=gate,
         RESIDUAL=residual, BLOCK_B=block_b, BLOCK_D=_block(dim), BLOCK_E=_block(channels),
-        BLOCK_H=min(_block(hidden), block_h), **_types(dtype), num_warps=4,
+        BLOCK_H=min(_block(hidden), block_h), **_types(dtype), num_warps=4 if dim <= 64 else 8, num_stages=1,
     )  # fmt: skip
     return query
 
@@ -210,9 +212,13 @@ def encode_last(item_ids: Tensor, lengths: Tensor, folded: Any) -> Tensor:
         ValueError: more channels or states than a program holds, or nodes asked for whose error is too large.
     """
     dstate, channels = folded.A.shape
-    for name, size, most in (("d_inner", channels, MAX_CHANNELS), ("d_state", dstate, MAX_STATES)):
+    widest = MAX_CHANNELS_HALF if folded.u_table.dtype.itemsize == 2 else MAX_CHANNELS
+    for name, size, most in (("d_inner", channels, widest), ("d_state", dstate, MAX_STATES)):
         if size > most:
-            raise ValueError(f"{name}: expected at most {most} in these kernels, got {size}; M2Rec.encode has no limit")
+            raise ValueError(
+                f"{name}: expected at most {most} in these kernels with {folded.u_table.dtype}, got {size}; "
+                "M2Rec.encode has no limit"
+            )
     nodes = _nodes(folded)
     rates, coefficients = (None, None) if nodes is None else (nodes.rates, nodes.coefficients)
     return _op(

@@ -4,7 +4,7 @@ p[t]  = u_table[id_t], 0 at padding
 inner:  pre = V (m * V^T conv(p))        input:  pre = conv(V (m * V^T p))        none:  pre = conv(p)
 u     = silu(pre) at t = n - 1, n - 1 - stride, ...
 delta = softplus(u step_down step_up + step_bias);  B = u B_weight;  C = u_last C_weight
-y     = the scan's output at n - 1, in closed form (`last_state.py`);  y = LayerNorm(y) where there is a scan_norm
+y     = the scan's output at n - 1, in closed form (`last_scan.py`);  y = LayerNorm(y) where there is a scan_norm
 h     = LayerNorm(y silu(z) out_proj);  h = LayerNorm(h + gelu(h fc1 + ..) fc2 + ..)
 constant:  Y = h mix + mix_bias + text_table[id_last] [+ h]
 context:   Y = (a text_table[id_last] + b h) mix + mix_bias [+ h],  a, b = sigmoid(gate_table[id_last] + h gate_weight)
@@ -14,6 +14,7 @@ B batch   L slots   n a row's length   D = d_model   E = d_inner   N = d_state
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,36 +22,37 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .causal_conv1d import causal_conv1d
-from .last_state import last_state
+from .last_scan import last_scan
 
 
-def encode_last(item_ids: Tensor, lengths: Tensor, folded: Any) -> Tensor:
-    """item_ids [B, L], lengths [B] and a `Folded` to [B, D] in its dtype; half precision is computed in float32."""
+def encode_last(item_ids: Tensor, lengths: Tensor, folded: Any, *, scan: Callable[..., Tensor] = last_scan) -> Tensor:
+    """item_ids [B, L], lengths [B] and a `Folded` to [B, D] in its dtype; half precision is computed in float32.
+
+    `scan` computes `last_scan`.
+    """
     dtype = torch.promote_types(folded.u_table.dtype, torch.float32)
     item_ids = F.pad(item_ids, (0, folded.max_len - item_ids.shape[1]))
     slots = torch.arange(item_ids.shape[1], device=item_ids.device)
     item_ids = item_ids.masked_fill(slots >= lengths[:, None], 0)
     last_id = item_ids.gather(1, lengths[:, None] - 1).squeeze(1)
 
-    u = F.silu(_before_silu(folded.u_table[item_ids].to(dtype), lengths, folded, dtype))
+    p = _before_silu(folded.u_table[item_ids].to(dtype), lengths, folded, dtype)
     z = folded.z_table[last_id].to(dtype)
     if folded.placement == "input":
         weights = folded.last_weights[lengths - 1].to(dtype)
         z = (weights[:, None] @ folded.z_table[item_ids].to(dtype)).squeeze(1)
 
-    u = _every(u, lengths, folded.stride)  # the last position first
-    kept = (lengths + folded.stride - 1) // folded.stride
-    delta = u @ folded.step_down.to(dtype) @ folded.step_up.to(dtype)
-    # Turned around, so that rows end at their last position; the longest one ends at the last slot.
-    y = last_state(
-        u.flip(1).mT,
-        delta.flip(1).mT.masked_fill((slots[: u.shape[1]] >= kept[:, None]).flip(1)[:, None], -torch.inf),
-        folded.A.mT.to(dtype),
-        (u @ folded.B_weight.to(dtype)).flip(1).mT,
-        u[:, 0] @ folded.C_weight.to(dtype),
+    projections = torch.cat([folded.step_down, folded.B_weight, folded.C_weight], dim=1)
+    y = scan(
+        p,
+        projections.to(dtype).mT,
+        folded.step_up.to(dtype).mT,
+        folded.step_bias.to(dtype),
+        folded.A.to(dtype).mT,
         folded.D.to(dtype),
-        delta_bias=folded.step_bias.to(dtype),
-        delta_softplus=True,
+        None,
+        lengths,
+        folded.stride,
     )
     if folded.scan_norm_weight is not None:
         y = F.layer_norm(y, y.shape[1:], folded.scan_norm_weight, folded.scan_norm_bias, folded.eps)
@@ -75,13 +77,6 @@ def _filtered(x: Tensor, lengths: Tensor, folded: Any, dtype: torch.dtype) -> Te
     spectrum = torch.zeros_like(lengths) if len(folded.basis) == 1 else lengths - 1
     basis = folded.basis[spectrum].to(dtype)
     return basis @ (folded.gain[spectrum].to(dtype)[:, :, None] * (basis.mT @ x))
-
-
-def _every(x: Tensor, lengths: Tensor, stride: int) -> Tensor:
-    """Positions n - 1, n - 1 - stride, ... of x [B, L, C], in this order; anything where there are no more."""
-    steps = torch.arange(-(-x.shape[1] // stride), device=x.device)
-    positions = (lengths[:, None] - 1 - stride * steps).clamp(min=0)
-    return x.gather(1, positions[:, :, None].expand(-1, -1, x.shape[2]))
 
 
 def _output(h: Tensor, last_id: Tensor, folded: Any, dtype: torch.dtype) -> Tensor:

@@ -144,10 +144,14 @@ def test_exponentials_are_chosen_as_asked(device: torch.device) -> None:
 def test_sizes_that_no_program_holds_are_named(device: torch.device) -> None:
     assert module.MAX_COLUMNS == COLUMN_TILE
     item_ids, n = batch([3], 24, device)
-    with pytest.raises(ValueError, match="d_inner: expected at most 256 in these kernels, got 288"):
-        encode_last(item_ids, n, fold(build(d_model=144).to(device)))
-    with pytest.raises(ValueError, match="d_state: expected at most 64 in these kernels, got 65"):
-        encode_last(item_ids, n, fold(build(d_state=65).to(device)))
+    for fields, dtype, message in (
+        ({"d_model": 72}, torch.float32, "d_inner: expected at most 128 in these kernels with torch.float32, got 144"),
+        ({"d_model": 144}, torch.bfloat16, "d_inner: expected at most 256 in these kernels .* got 288"),
+        ({"d_state": 65}, torch.bfloat16, "d_state: expected at most 64 in these kernels .* got 65"),
+    ):
+        sizes: dict[str, Any] = dict(fields)
+        with pytest.raises(ValueError, match=message):
+            encode_last(item_ids, n, fold(build(**sizes).to(device)).to(dtype=dtype))
 
 
 class Module(nn.Module):
