@@ -93,3 +93,8 @@ def _probe():
 def interpreting() -> bool:
     """Were the kernels made under TRITON_INTERPRET=1? Asks the kernels, not the environment, which may have changed."""
     return type(_probe).__name__ == "InterpretedFunction"
+
+
+def target_arch() -> int | None:
+    """The compute capability that kernels are compiled for, 90 for 9.0; None in the interpreter. For launchers only."""
+    return None if interpreting() else triton.runtime.driver.active.get_current_target().arch

@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ._common import dot_precision, triton_dtype
+from ._common import dot_precision, target_arch, triton_dtype
 from ._encode_last_head import encode_last_head_kernel
 from ._encode_last_rows import columns_kernel, filtered_gate_kernel, rows_kernel
 from ._encode_last_scan import encode_last_scan_kernel
@@ -93,7 +93,7 @@ def launch_scan(
     nodes = 0 if coefficients is None else len(coefficients)
     device, acc = item_ids.device, w["A"].dtype
     parts = torch.empty(splits, batch, channels, dtype=acc, device=device)
-    scratch = torch.empty(0 if nodes else batch * splits * 2 * dstate * BLOCK_T, dtype=acc, device=device)
+    scratch = torch.empty(batch * splits, 2 * dstate * BLOCK_T + _block(dstate), dtype=acc, device=device)
     block_r = columns if u is None else 16
     held = block_r if u is None and placement != "none" else 0
     p = torch.empty(batch, splits, held, channels, dtype=dtype, device=device)
@@ -103,18 +103,22 @@ def launch_scan(
         *item_ids.stride(), SOURCE=placement if u is None else "given", PER_LENGTH=spectra > 1, TAPS=len(w["taps"]),
         SPLITS=splits, NODES=nodes, BLOCK_T=BLOCK_T,
         BLOCK_R=block_r, BLOCK_E=_block(channels), BLOCK_N=_block(dstate),
-        BLOCK_RANK=_block(rank), **_types(dtype), **_scan_options(dtype, nodes, block_r, dstate, channels),
+        BLOCK_RANK=_block(rank), **_types(dtype), **_scan_options(dtype, nodes, placement, block_r, dstate, channels),
     )  # fmt: skip
     return parts
 
 
-def _scan_options(dtype: torch.dtype, nodes: int, block_r: int, dstate: int, channels: int) -> dict[str, Any]:
+def _scan_options(
+    dtype: torch.dtype, nodes: int, placement: str, block_r: int, dstate: int, channels: int
+) -> dict[str, Any]:
     half = dtype.itemsize == 2
-    options: dict[str, Any] = {"num_stages": 1, "BLOCK_L": 32 if half and block_r <= 32 else 16}
+    roomy = block_r <= 32 and (half or placement == "inner")
+    options: dict[str, Any] = {"num_stages": 1, "BLOCK_L": 32 if roomy else 16}
     # A node's coefficients take a warp's registers by the number of states.
     options["num_warps"] = 4 if nodes and dstate <= 16 else 8
-    if half and not nodes and channels <= 128:
-        options["maxnreg"] = 128  # two programs on a multiprocessor
+    # Two programs on a multiprocessor; on 10.0 the few states' loop would spill 8 bytes for it.
+    if half and not nodes and channels <= 128 and not (dstate <= 16 and (target_arch() or 0) >= 100):
+        options["maxnreg"] = 128
     return options
 
 
@@ -140,8 +144,7 @@ def launch_head(
     hidden = w["fc1"].shape[1]
     dtype = w["u_table"].dtype
     query = torch.empty(batch, dim, dtype=dtype, device=item_ids.device)
-    # Operands in three TF32 parts take more registers, and so do wide rows.
-    block_b, block_h = (16, 16) if dim > 64 else (32, 64) if dtype.itemsize == 2 else (16, 32)
+    block_b, block_h = 16, 32 if dim <= 64 else 16
     encode_last_head_kernel[(triton.cdiv(batch, block_b),)](
         item_ids, lengths, parts, z, *(w[name] for name in HEAD_WEIGHTS),
         query, batch, eps, dim, channels, hidden, *item_ids.stride(),
