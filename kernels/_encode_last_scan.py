@@ -132,7 +132,7 @@ def encode_last_scan_kernel(
     BLOCK_L: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_RANK: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """parts [SPLITS, B, E]; scratch [B, SPLITS, 2 dstate BLOCK_T + BLOCK_N]; `zero` is 0, which the compiler must not know."""
+    """parts [SPLITS, B, E]; scratch [B, SPLITS, 2 dstate BLOCK_T + BLOCK_N]; `zero` is 0, unknown to the compiler."""
     pid_b = tl.program_id(0).to(tl.int64)
     pid_split = tl.program_id(1)
     offs_e = tl.arange(0, BLOCK_E)
