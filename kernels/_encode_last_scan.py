@@ -132,7 +132,7 @@ def encode_last_scan_kernel(
     BLOCK_L: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_RANK: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """parts [SPLITS, B, E]; scratch [B, SPLITS, 2 dstate BLOCK_T + BLOCK_N]; `zero` is 0, unknown to the compiler."""
+    """parts [SPLITS, B, E]; scratch [B, SPLITS, 2, dstate, BLOCK_T]; `zero` is 0, which the compiler must not know."""
     pid_b = tl.program_id(0).to(tl.int64)
     pid_split = tl.program_id(1)
     offs_e = tl.arange(0, BLOCK_E)
@@ -142,8 +142,7 @@ def encode_last_scan_kernel(
     mask_en = (offs_e < E)[:, None] & (offs_n < dstate)[None, :]
     length = tl.load(lengths_ptr + pid_b).to(tl.int32)
     ids_ptr += pid_b * stride_ids_b
-    scratch_ptr += (pid_b * SPLITS + pid_split) * (2 * dstate * BLOCK_T + BLOCK_N)
-    C_scratch_ptr = scratch_ptr + 2 * dstate * BLOCK_T
+    scratch_ptr += (pid_b * SPLITS + pid_split) * (2 * dstate * BLOCK_T)
     if SOURCE == "given":
         u_ptr += pid_b * kept_slots * E
     if (SOURCE == "inner") | (SOURCE == "input"):
@@ -168,8 +167,7 @@ def encode_last_scan_kernel(
     # The skip connection goes in here, so that u_last need not be kept.
     total = tl.where(pid_split == 0, load_row(D_ptr, offs_e, E, ACC)[None, :] * u, 0.0)
     C_weight = tl.load(C_ptr + offs_e[:, None] * dstate + offs_n[None, :], mask=mask_en, other=0.0)
-    tl.store(C_scratch_ptr + offs_n, tl.sum(u_last[:, None] * C_weight.to(ACC), axis=0))
-    tl.debug_barrier()
+    C = tl.sum(u_last[:, None] * C_weight.to(ACC), axis=0)  # [BLOCK_N]
 
     kept = (length - 1) // stride + 1
     chunks = (kept + BLOCK_T - 1) // BLOCK_T
@@ -210,8 +208,7 @@ def encode_last_scan_kernel(
             length, stride, BLOCK_R, E, stride_ids_t, SOURCE, TAPS, BLOCK_T, ACC, DOT, PRECISION,
         )  # fmt: skip
         B_weight = tl.load(B_ptr + varying + offs_e[:, None] * dstate + offs_n[None, :], mask=mask_en, other=0.0)
-        CB = tl.dot(u.to(DOT), B_weight, input_precision=PRECISION, out_dtype=ACC)
-        CB *= tl.load(C_scratch_ptr + varying + offs_n)[None, :]
+        CB = tl.dot(u.to(DOT), B_weight, input_precision=PRECISION, out_dtype=ACC) * C[None, :]
         delta = _steps(
             u, offs_i < kept, step_down_ptr, step_up_ptr, step_bias_ptr, offs_e, varying, E, RANK,
             BLOCK_RANK, DOT, PRECISION,
