@@ -101,7 +101,7 @@ def launch_scan(
         item_ids, lengths, u, *(w[name] for name in SCAN_WEIGHTS), rates, coefficients,
         parts, scratch, p, max_len, triton.cdiv(seqlen, stride), stride, 0, channels, dstate, rank,
         *item_ids.stride(), SOURCE=placement if u is None else "given", PER_LENGTH=spectra > 1, TAPS=len(w["taps"]),
-        SPLITS=splits, NODES=nodes, C_IN_SCRATCH=dtype.itemsize == 2, BLOCK_T=BLOCK_T,
+        SPLITS=splits, NODES=nodes, BLOCK_T=BLOCK_T,
         BLOCK_R=block_r, BLOCK_E=_block(channels), BLOCK_N=_block(dstate),
         BLOCK_RANK=_block(rank), **_types(dtype), **_scan_options(dtype, nodes, placement, block_r, dstate, channels),
     )  # fmt: skip
