@@ -118,7 +118,7 @@ def test_recommend_shows_titles(tmp_path: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_a_config_file_and_flags_over_it(run: Path, tmp_path: Path) -> None:
-    from fastm2rec.cli import _parse_run
+    from fastm2rec.cli.train import _parse_run
 
     config = RunFolder(run).config()
     parsed, _ = _parse_run(["--config", str(run / "config.yaml")])
