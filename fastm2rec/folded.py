@@ -36,7 +36,7 @@ _WIDE = (
 )  # fmt: skip
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Folded:
     """The bundle. Matrices are stored as they are applied: `x @ weight`.
 

@@ -45,13 +45,13 @@ def _reference() -> dict[str, Callable[..., Any]]:
 
 
 def _cpu() -> dict[str, Callable[..., Any]]:
+    from .cpu.encode_last import encode_last
     from .cpu.last_scan import last_scan
     from .cpu.spectral_projection import spectral_projection
-    from .reference.encode_last import encode_last
 
     return {
         **_reference(),
-        "encode_last": partial(encode_last, scan=last_scan),
+        "encode_last": encode_last,
         "last_scan": last_scan,
         "spectral_projection": spectral_projection,
     }

@@ -20,7 +20,7 @@ from tests._bounds import assert_as_good, cast, gradients
 pytest.importorskip("numba", reason="numba is not installed")
 
 from fastm2rec import cpu
-from fastm2rec.cpu import kernels
+from fastm2rec.cpu import compiler
 from fastm2rec.cpu import last_scan as engine
 from fastm2rec.cpu.last_scan import _backward_op, _forward_op, last_scan
 from fastm2rec.reference.last_scan import last_scan as reference
@@ -317,5 +317,5 @@ def test_a_place_without_a_cache_still_compiles(monkeypatch: pytest.MonkeyPatch)
             raise RuntimeError("cannot cache function: no locator available")
         return "compiled"
 
-    monkeypatch.setattr(kernels, "njit", njit)
-    assert kernels._entry(lambda: None) == "compiled"
+    monkeypatch.setattr(compiler, "njit", njit)
+    assert compiler.entry(lambda: None) == "compiled"

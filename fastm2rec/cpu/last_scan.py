@@ -32,14 +32,14 @@ class Packed(NamedTuple):
         return self.dim, self.dstate, self.dt_rank
 
 
-def _flat(x: Tensor | None, dtype: torch.dtype) -> np.ndarray:
+def as_flat(x: Tensor | None, dtype: torch.dtype) -> np.ndarray:
     """As a flat contiguous array; None as an empty one."""
     if x is None:
         return torch.empty(0, dtype=dtype).numpy()
     return x.detach().to(dtype).contiguous().view(-1).numpy()
 
 
-def _scratch(size: int, dtype: torch.dtype) -> np.ndarray:
+def empty_array(size: int, dtype: torch.dtype) -> np.ndarray:
     # torch's memory starts on a cache line; numpy's need not, which can halve the speed.
     return torch.empty(size, dtype=dtype).numpy()
 
@@ -53,17 +53,17 @@ def pack(
     dtype: torch.dtype,
 ) -> Packed:
     """The parameters, packed for any number of calls in `dtype`, float32 or float64."""
-    from . import kernels
+    from . import parts
 
     sizes = (A.shape[0], A.shape[1], dt_proj_weight.shape[1])
-    weights = _scratch(kernels.weights_size(*sizes), dtype)
-    transposed = _scratch(kernels.transposed_size(*sizes), dtype)
-    parameters = (_flat(x, dtype) for x in (x_proj_weight, dt_proj_weight, dt_proj_bias, A, D))
-    kernels.pack(*parameters, weights, transposed, *sizes)
+    weights = empty_array(parts.weights_size(*sizes), dtype)
+    transposed = empty_array(parts.transposed_size(*sizes), dtype)
+    parameters = (as_flat(x, dtype) for x in (x_proj_weight, dt_proj_weight, dt_proj_bias, A, D))
+    parts.pack(*parameters, weights, transposed, *sizes)
     return Packed(weights, transposed, *sizes, dtype)
 
 
-def _grain(packed: Packed, seqlen: int, stride: int) -> int:
+def grain(packed: Packed, seqlen: int, stride: int) -> int:
     """Rows of the batch that are worth a slice."""
     return max(1, SLICE * stride // (seqlen * packed.dim * packed.dstate))
 
@@ -75,15 +75,15 @@ def launch_forward(p: Tensor, packed: Packed, z: Tensor | None, lengths: Tensor,
     batch, seqlen, dim = p.shape
     dtype, sizes = packed.dtype, packed.sizes
     y = torch.empty(batch, dim, dtype=dtype)
-    arrays = (_flat(p, dtype), _flat(lengths, torch.int64), _flat(z, dtype), _flat(y, dtype))
+    arrays = (as_flat(p, dtype), as_flat(lengths, torch.int64), as_flat(z, dtype), as_flat(y, dtype))
 
     def rows(first: int, last: int) -> None:
         kernels.forward(
-            *arrays, packed.weights, packed.transposed, _scratch(kernels.forward_scratch(*sizes), dtype),
+            *arrays, packed.weights, packed.transposed, empty_array(kernels.forward_scratch(*sizes), dtype),
             first, last, seqlen, *sizes, stride, z is not None,
         )  # fmt: skip
 
-    run(rows, batch, _grain(packed, seqlen, stride))
+    run(rows, batch, grain(packed, seqlen, stride))
     return y.to(p.dtype)
 
 
@@ -102,24 +102,24 @@ def launch_backward(
     dp = torch.empty(batch, seqlen, dim, dtype=dtype)
     dz = torch.empty((0,) if z is None else (batch, dim), dtype=dtype)
     groups = -(-batch // kernels.GROUP)
-    sums = _scratch(groups * packed.weights.size, dtype)
-    arrays = (_flat(p, dtype), _flat(lengths, torch.int64), *(_flat(x, dtype) for x in (z, dy, dp, dz)))
+    sums = empty_array(groups * packed.weights.size, dtype)
+    arrays = (as_flat(p, dtype), as_flat(lengths, torch.int64), *(as_flat(x, dtype) for x in (z, dy, dp, dz)))
 
     def rows(first: int, last: int) -> None:
         kernels.backward(
             *arrays, sums, packed.weights, packed.transposed,
-            _scratch(kernels.backward_scratch(seqlen, *sizes, stride), dtype),
+            empty_array(kernels.backward_scratch(seqlen, *sizes, stride), dtype),
             first, last, batch, seqlen, *sizes, stride, z is not None,
         )  # fmt: skip
 
-    run(rows, groups, max(1, _grain(packed, seqlen, stride) // (2 * kernels.GROUP)))
+    run(rows, groups, max(1, grain(packed, seqlen, stride) // (2 * kernels.GROUP)))
     d_x_proj = torch.empty(dt_rank + 2 * dstate, dim, dtype=dtype)
     d_dt_proj = torch.empty(dim, dt_rank, dtype=dtype)
     d_bias = torch.empty(dim if has_bias else 0, dtype=dtype)
     dA, dD = torch.empty(dim, dstate, dtype=dtype), torch.empty(dim, dtype=dtype)
     kernels.combine(
-        sums, _scratch(2 * packed.weights.size, dtype),
-        *(_flat(x, dtype) for x in (d_x_proj, d_dt_proj, d_bias, dA, dD)), *sizes,
+        sums, empty_array(2 * packed.weights.size, dtype),
+        *(as_flat(x, dtype) for x in (d_x_proj, d_dt_proj, d_bias, dA, dD)), *sizes,
     )  # fmt: skip
     return dp, d_x_proj, d_dt_proj, d_bias, dA, dD, dz
 

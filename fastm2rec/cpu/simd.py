@@ -150,6 +150,22 @@ def where_less(typingctx, x, bound, then, otherwise):
 
 
 @intrinsic
+def _all_less(typingctx, x, bound):
+    """Is every lane less than bound, and none NaN?"""
+
+    def codegen(context, builder, signature, arguments):
+        value, bound = (
+            _splat(context, builder, argument, kind, x)
+            for argument, kind in zip(arguments, signature.args, strict=True)
+        )
+        bits = ir.IntType(LANES)
+        lanes = builder.bitcast(builder.fcmp_ordered("<", value, bound), bits)
+        return builder.icmp_unsigned("==", lanes, ir.Constant(bits, -1))
+
+    return types.boolean(x, bound), codegen
+
+
+@intrinsic
 def total(typingctx, x):
     """The sum of the lanes, halves added to halves."""
 
@@ -200,7 +216,27 @@ _LOG1P = (
 )  # fmt: skip
 # atanh(w) / w in powers of w^2 for |w| <= 1/3: Taylor's, 1e-18.
 _ATANH = tuple(1 / (2 * k + 1) for k in range(17, -1, -1))
+# exp(x^2) erfc(x) / t in powers of t = 1 / (1 + x / 2) for 0 <= x <= 10: 2.2e-8 relative.
+_ERFCX = (
+    1.353464931e-02, -1.296140486e-01, 4.428111344e-01, -6.870457980e-01, 4.341518800e-01, -1.045284806e-01,
+    2.274455204e-01, 2.382882295e-01, 2.828940154e-01, 2.820628826e-01,
+)  # fmt: skip
 LOG2_E = math.log2(math.e)
+
+
+# A factor 2^x below these makes a term that no sum with others of its kind can show: half an ulp, and 2^-24 of that.
+_FORGOTTEN = {types.float32: -48.0, types.float64: -106.0}
+
+
+def forgotten(x):
+    """Is 2^x next to nothing, in every lane?"""
+    raise NotImplementedError("for numba")
+
+
+@overload(forgotten, inline="always")
+def _(x):
+    bound = _FORGOTTEN[x.dtype]
+    return lambda x: _all_less(x, bound)
 
 
 @intrinsic
@@ -275,3 +311,34 @@ def softplus(x):
     """log(1 + exp(x)), and its derivative."""
     small = exp2(where_less(x, 0.0, x, 0.0 - x) * LOG2_E)
     return where_less(x, 0.0, 0.0, x) + log1p(small), where_less(x, 0.0, small, 1.0) / (1.0 + small)
+
+
+@register_jitable
+def _erfc(x):
+    """For x >= 0, in float32."""
+    t = 1.0 / (1.0 + 0.5 * x)
+    return exp2((0.0 - LOG2_E) * x * x) * t * _polynomial(t, _ERFCX)
+
+
+def gelu(x, size):
+    """x[:size] * Phi(x[:size]), in place; Phi is the normal distribution's."""
+    raise NotImplementedError("for numba")
+
+
+@overload(gelu)
+def _(x, size):
+    if x.dtype == types.float64:
+
+        def exact(x, size):
+            for i in range(size):
+                x[i] *= 0.5 * math.erfc(-math.sqrt(0.5) * x[i])
+
+        return exact
+
+    def compiled(x, size):
+        for c in range(0, size, LANES):
+            v = load(x, c)
+            tail = 0.5 * _erfc(math.sqrt(0.5) * where_less(v, 0.0, 0.0 - v, v))
+            store(x, c, v * where_less(v, 0.0, tail, 1.0 - tail))
+
+    return compiled

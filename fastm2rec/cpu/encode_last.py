@@ -1,0 +1,144 @@
+"""`encode_last`: what the kernel in `encode_kernels.py` needs around it."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .last_scan import as_flat, empty_array, pack
+from .last_scan import grain as scan_grain
+from .threads import run
+
+if TYPE_CHECKING:
+    from ..folded import Folded
+
+_lock = threading.Lock()
+_packed: weakref.WeakKeyDictionary[Folded, Packed] = weakref.WeakKeyDictionary()
+
+
+class Packed(NamedTuple):
+    """A `Folded` as the kernel reads it: shape, tables, filter, head, the scan's weights; see `encode_kernels.py`."""
+
+    shape: Any
+    model: tuple[Any, ...]
+    scan: Any
+    eps: Any
+    scratch: int
+    dtype: torch.dtype
+
+
+def _pack(folded: Folded) -> Packed:
+    from . import encode_kernels as kernels
+    from .simd import LANES
+
+    dtype = torch.promote_types(folded.dtype, torch.float32)
+
+    def rows(x: Tensor | None, parts: int = 1) -> Any:
+        """[..., parts * n] to [..., parts, whole Lanes], flat; None to nothing. A table that fits is not copied."""
+        if x is None:
+            return as_flat(None, dtype)
+        x = x.unflatten(-1, (parts, -1)) if parts > 1 else x
+        return as_flat(F.pad(x, (0, -x.shape[-1] % LANES)), dtype)
+
+    def norm(weight: Tensor | None, bias: Tensor | None) -> Any:
+        return rows(None if weight is None or bias is None else torch.stack([weight, bias]))
+
+    columns, filter = 0, kernels.Filter(*(as_flat(None, dtype) for _ in kernels.Filter._fields))
+    if folded.basis is not None:
+        assert folded.gain is not None
+        used = folded.basis.abs().amax((0, 1)).mul(folded.gain.abs().amax(0)).nonzero()
+        columns = -(-(int(used[-1]) + 1 if len(used) else 1) // kernels.ROWS) * kernels.ROWS
+
+        def cut(x: Tensor | None) -> Any:
+            return as_flat(None if x is None else F.pad(x, (0, columns - x.shape[-1])), dtype)
+
+        filter = kernels.Filter(
+            cut(folded.basis), cut(folded.gain), cut(folded.offset), as_flat(folded.last_weights, dtype)
+        )
+    gate = {"none": kernels.NONE, "linear": kernels.LINEAR, "constant": kernels.CONSTANT, "context": kernels.CONTEXT}
+    placement = {"none": kernels.NONE, "inner": kernels.INNER, "input": kernels.INPUT}
+    dim, dstate = folded.B_weight.shape
+    shape = kernels.Shape(
+        n_items=folded.n_items,
+        max_len=folded.max_len,
+        dim=dim,
+        dstate=dstate,
+        dt_rank=folded.step_down.shape[1],
+        d_model=folded.out_proj.shape[1],
+        hidden=folded.fc1.shape[1],
+        width=len(folded.taps),
+        columns=columns,
+        placement=placement[folded.placement],
+        valid=int(folded.basis is not None and len(folded.basis) > 1),
+        stride=folded.stride,
+        gate=gate[folded.gate],
+        residual=int(folded.residual),
+        scan_norm=int(folded.scan_norm_weight is not None),
+        seqlen=0,
+    )
+    tables = kernels.Tables(
+        rows(folded.u_table), rows(folded.z_table), rows(folded.text_table), rows(folded.gate_table, 2)
+    )
+    head = kernels.Head(
+        taps=rows(folded.taps),
+        conv_bias=rows(folded.conv_bias),
+        scan_norm=norm(folded.scan_norm_weight, folded.scan_norm_bias),
+        out_proj=rows(folded.out_proj),
+        norm=norm(folded.norm_weight, folded.norm_bias),
+        fc1=rows(folded.fc1),
+        fc1_bias=rows(folded.fc1_bias),
+        fc2=rows(folded.fc2),
+        fc2_bias=rows(folded.fc2_bias),
+        ffn_norm=norm(folded.ffn_norm_weight, folded.ffn_norm_bias),
+        mix=rows(folded.mix),
+        mix_bias=rows(folded.mix_bias),
+        gate=rows(folded.gate_weight, 2),
+    )
+    projections = torch.cat([folded.step_down, folded.B_weight, folded.C_weight], dim=1).mT
+    scan = pack(projections, folded.step_up.mT, folded.step_bias, folded.A.mT, folded.D, dtype)
+    eps = torch.tensor(folded.eps, dtype=dtype).numpy()[()]  # of the kernel's dtype, so that it computes in that
+    return Packed(shape, (tables, filter, head), scan, eps, kernels.scratch_size(shape), dtype)
+
+
+def packed(folded: Folded) -> Packed:
+    """The packed weights; they are made once and kept as long as `folded` is."""
+    with _lock:
+        found = _packed.get(folded)
+        if found is None:
+            found = _packed[folded] = _pack(folded)
+        return found
+
+
+def encode_last(item_ids: Tensor, lengths: Tensor, folded: Folded) -> Tensor:
+    """As `fastm2rec.reference.encode_last.encode_last`, on the CPU; NaN for a row of unsound ids or length."""
+    from . import encode_kernels as kernels
+
+    model = packed(folded)
+    batch, seqlen = item_ids.shape
+    shape = model.shape._replace(seqlen=seqlen)
+    out = torch.empty(batch, shape.d_model, dtype=model.dtype)
+    ids, n, flat = as_flat(item_ids, torch.int64), as_flat(lengths, torch.int64), as_flat(out, model.dtype)
+
+    def slice_(first: int, last: int) -> None:
+        scratch = empty_array(model.scratch, model.dtype)
+        kernels.encode(
+            ids,
+            n,
+            flat,
+            shape,
+            *model.model,
+            model.scan.weights,
+            model.scan.transposed,
+            model.eps,
+            scratch,
+            first,
+            last,
+        )
+
+    run(slice_, batch, scan_grain(model.scan, seqlen, shape.stride))
+    return out.to(folded.dtype)

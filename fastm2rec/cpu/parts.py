@@ -1,0 +1,300 @@
+"""What the engine's kernels share: the parameters as they read them, and small matrix products.
+
+All arrays are flat and contiguous. Scratch and parameters have their channels padded to whole Lanes, with zeros.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+from numba.extending import register_jitable
+
+from .compiler import entry, inline, part
+from .simd import LANES, LOG2_E, at, exp2, forgotten, full, load, sigmoid, softplus, store
+
+ROWS = 8  # positions at a time
+
+
+@register_jitable
+def padded(n):
+    """n rounded up to whole Lanes."""
+    return (n + LANES - 1) // LANES * LANES
+
+
+class Weights(NamedTuple):
+    """The parameters, or their gradients, as the kernels read them; E = padded(dim)."""
+
+    x_proj: np.ndarray  # [dt_rank + 2 dstate, E]: rows of delta, B, C
+    dt_proj: np.ndarray  # [dt_rank, E]
+    bias: np.ndarray  # [E]
+    D: np.ndarray  # [E]
+    A: np.ndarray  # [E / LANES, dstate, LANES]; of the parameters, A log2(e)
+
+
+@register_jitable
+def weights_size(dim, dstate, dt_rank):
+    """Elements of `Weights`."""
+    return (2 * dt_rank + 3 * dstate + 2) * padded(dim)
+
+
+@register_jitable
+def transposed_size(dim, dstate, dt_rank):
+    """Elements of x_proj transposed: [dim, padded(dt_rank + dstate)] for delta and B, [dim, padded(dstate)] for C."""
+    return dim * (padded(dt_rank + dstate) + padded(dstate))
+
+
+@part
+def fill(x, start, stop, value):
+    # Like every copy here a loop: a slice that is assigned to takes numba two seconds to compile.
+    for i in range(start, stop):
+        x[i] = value
+
+
+@part
+def as_weights(flat, dim, dstate, dt_rank):
+    wide = padded(dim)
+    x_proj = (dt_rank + 2 * dstate) * wide
+    dt_proj = x_proj + dt_rank * wide
+    bias, D = dt_proj + wide, dt_proj + 2 * wide
+    return Weights(flat[:x_proj], flat[x_proj:dt_proj], flat[dt_proj:bias], flat[bias:D], flat[D : D + dstate * wide])
+
+
+@entry
+def pack(x_proj_weight, dt_proj_weight, bias, A, D, weights, transposed, dim, dstate, dt_rank):
+    """Fill `weights` and `transposed` from the parameters in their usual layouts; `bias` may be empty."""
+    wide = padded(dim)
+    w = as_weights(weights, dim, dstate, dt_rank)
+    fill(weights, 0, weights.size, 0)
+    fill(transposed, 0, transposed.size, 0)
+    first = padded(dt_rank + dstate)
+    second = padded(dstate)
+    for j in range(dt_rank + 2 * dstate):
+        if j < dt_rank + dstate:
+            start, step = j, first
+        else:
+            start, step = dim * first + j - dt_rank - dstate, second
+        for e in range(dim):
+            w.x_proj[j * wide + e] = transposed[start + e * step] = x_proj_weight[j * dim + e]
+    for e in range(dim):
+        for r in range(dt_rank):
+            w.dt_proj[r * wide + e] = dt_proj_weight[e * dt_rank + r]
+        tile, lane = e // LANES, e % LANES
+        for n in range(dstate):
+            w.A[(tile * dstate + n) * LANES + lane] = A[e * dstate + n] * LOG2_E
+        w.D[e] = D[e]
+    for e in range(bias.size):
+        w.bias[e] = bias[e]
+
+
+@inline
+def added(value, sum_, lost):
+    """sum_ + value, and what the rounding lost (Kahan)."""
+    value = value - lost
+    new = sum_ + value
+    return new, (new - sum_) - value
+
+
+@inline
+def accumulate(sums, lost, place, value):
+    new, error = added(value, load(sums, place), load(lost, place))
+    store(sums, place, new)
+    store(lost, place, error)
+
+
+@inline
+def quad(x, place):
+    return load(x, place), load(x, place + LANES), load(x, place + 2 * LANES), load(x, place + 3 * LANES)
+
+
+@inline
+def store_quad(x, place, a, b, c, d):
+    store(x, place, a)
+    store(x, place + LANES, b)
+    store(x, place + 2 * LANES, c)
+    store(x, place + 3 * LANES, d)
+
+
+@part
+def read(x, start, step, rows, dim, out):
+    """Rows of x, the first at `start` and each `step` before the last one, to out [rows, E]."""
+    wide = padded(dim)
+    for i in range(rows):
+        base = start - i * step
+        for e in range(dim):
+            out[i * wide + e] = x[base + e]
+        for e in range(dim, wide):
+            out[i * wide + e] = 0
+
+
+@part
+def silu(x, size):
+    for c in range(0, size, LANES):
+        v = load(x, c)
+        store(x, c, v * sigmoid(v))
+
+
+@part
+def project(x, weight, dim, columns, out):
+    """out [ROWS, columns] = x [ROWS, E] times weight [dim, columns]."""
+    wide = padded(dim)
+    for j in range(0, columns, LANES):
+        a = b = c = d = e = f = g = h = full(out, 0.0)
+        for k in range(dim):
+            w = load(weight, k * columns + j)
+            a = a + at(x, k) * w
+            b = b + at(x, wide + k) * w
+            c = c + at(x, 2 * wide + k) * w
+            d = d + at(x, 3 * wide + k) * w
+            e = e + at(x, 4 * wide + k) * w
+            f = f + at(x, 5 * wide + k) * w
+            g = g + at(x, 6 * wide + k) * w
+            h = h + at(x, 7 * wide + k) * w
+        store(out, j, a)
+        store(out, columns + j, b)
+        store(out, 2 * columns + j, c)
+        store(out, 3 * columns + j, d)
+        store(out, 4 * columns + j, e)
+        store(out, 5 * columns + j, f)
+        store(out, 6 * columns + j, g)
+        store(out, 7 * columns + j, h)
+
+
+@inline
+def accumulate_products(sums, place, step, a, b, c, d, e, f, g, h):
+    """Add eight tiles to those at `place`, `place + step`, ..."""
+    store(sums, place, load(sums, place) + a)
+    store(sums, place + step, load(sums, place + step) + b)
+    store(sums, place + 2 * step, load(sums, place + 2 * step) + c)
+    store(sums, place + 3 * step, load(sums, place + 3 * step) + d)
+    store(sums, place + 4 * step, load(sums, place + 4 * step) + e)
+    store(sums, place + 5 * step, load(sums, place + 5 * step) + f)
+    store(sums, place + 6 * step, load(sums, place + 6 * step) + g)
+    store(sums, place + 7 * step, load(sums, place + 7 * step) + h)
+
+
+@part
+def project_one(x, weight, dim, columns, out):
+    """out [columns] = x [dim] times weight [dim, columns]."""
+    for j in range(0, columns, LANES):
+        even = odd = full(out, 0.0)
+        for k in range(0, dim - 1, 2):
+            even = even + at(x, k) * load(weight, k * columns + j)
+            odd = odd + at(x, k + 1) * load(weight, (k + 1) * columns + j)
+        if dim % 2:
+            even = even + at(x, dim - 1) * load(weight, (dim - 1) * columns + j)
+        store(out, j, even + odd)
+
+
+@part
+def step_sizes(low_rank, columns, w, rows, dim, dt_rank, out):
+    """out [rows, E], the step sizes before softplus, from the first dt_rank columns of low_rank."""
+    wide = padded(dim)
+    for i in range(rows):
+        for c in range(0, wide, LANES):
+            step = load(w.bias, c)
+            for r in range(dt_rank):
+                step = step + at(low_rank, i * columns + r) * load(w.dt_proj, r * wide + c)
+            store(out, i * wide + c, step)
+
+
+class Scan(NamedTuple):
+    """What the scan of one row keeps between its blocks of ROWS positions."""
+
+    raw: np.ndarray  # [ROWS, E], step sizes before softplus
+    carried: np.ndarray  # [E / LANES, 4, LANES]: T, y, and what the sums of both lost
+    projected: np.ndarray  # [ROWS, padded(dt_rank + dstate)]: delta and B
+    C: np.ndarray  # [padded(dstate)]
+    CB: np.ndarray  # [ROWS, dstate]
+    states: np.ndarray  # int64 [E / LANES, 1 + dstate]: how many states of a tile still remember, and which
+
+
+@register_jitable
+def scan_size(dim, dstate, dt_rank):
+    """Elements of `Scan`."""
+    return (ROWS + 4) * padded(dim) + ROWS * (padded(dt_rank + dstate) + dstate) + padded(dstate)
+
+
+@part
+def as_scan(flat, dim, dstate, dt_rank):
+    wide = padded(dim)
+    raw = ROWS * wide
+    carried = raw + 4 * wide
+    projected = carried + ROWS * padded(dt_rank + dstate)
+    C = projected + padded(dstate)
+    return Scan(
+        flat[:raw],
+        flat[raw:carried],
+        flat[carried:projected],
+        flat[projected:C],
+        flat[C : C + ROWS * dstate],
+        np.empty(wide // LANES * (1 + dstate), np.int64),
+    )
+
+
+@part
+def start_scan(scan, wide, dstate):
+    fill(scan.carried, 0, 4 * wide, 0)
+    for tile in range(wide // LANES):
+        scan.states[tile * (1 + dstate)] = dstate
+        for n in range(dstate):
+            scan.states[tile * (1 + dstate) + 1 + n] = n
+
+
+@part
+def forget(scan, A, wide, dstate):
+    """Strike out the states whose decay has come to nothing; are there others?
+
+    T only grows: what is forgotten at one position stays so at all earlier ones.
+    """
+    left = 0
+    for tile in range(wide // LANES):
+        T = load(scan.carried, 4 * tile * LANES)
+        first = tile * (1 + dstate)
+        count = 0
+        for j in range(scan.states[first]):
+            n = scan.states[first + 1 + j]
+            if not forgotten(load(A, (tile * dstate + n) * LANES) * T):
+                count += 1
+                scan.states[first + count] = n
+        scan.states[first] = count
+        left += count
+    return left > 0
+
+
+@part
+def scan_block(u, rows, first, w, transposed, scan, dim, dstate, dt_rank):
+    """Take in the next `rows` positions, backward in time, u [rows, E] after SiLU; from the last one where `first`."""
+    wide, columns = padded(dim), padded(dt_rank + dstate)
+    project(u, transposed, dim, columns, scan.projected)
+    if first:
+        project_one(u, transposed[dim * columns :], dim, padded(dstate), scan.C)
+        for c in range(0, wide, LANES):
+            store(scan.carried, 4 * c + LANES, load(w.D, c) * load(u, c))
+    step_sizes(scan.projected, columns, w, rows, dim, dt_rank, scan.raw)
+    for i in range(rows):
+        for n in range(dstate):
+            scan.CB[i * dstate + n] = scan.C[n] * scan.projected[i * columns + dt_rank + n]
+    for c in range(0, wide, LANES):
+        states = c // LANES * (1 + dstate)
+        count = scan.states[states]
+        if count == 0:
+            continue
+        T, value, lost_T, lost = quad(scan.carried, 4 * c)
+        for i in range(rows):
+            kernel = full(u, 0.0)
+            for j in range(states + 1, states + 1 + count):
+                n = scan.states[j]
+                X = exp2(load(w.A, c * dstate + n * LANES) * T)
+                kernel = kernel + at(scan.CB, i * dstate + n) * X
+            dt, _ = softplus(load(scan.raw, i * wide + c))
+            value, lost = added(dt * load(u, i * wide + c) * kernel, value, lost)
+            T, lost_T = added(dt, T, lost_T)
+        store_quad(scan.carried, 4 * c, T, value, lost_T, lost)
+
+
+@part
+def scanned(scan, wide, out, start):
+    """The scan's output [E] to out[start:]."""
+    for c in range(0, wide, LANES):
+        store(out, start + c, load(scan.carried, 4 * c + LANES))
