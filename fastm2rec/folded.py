@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -136,6 +137,15 @@ class Folded:
         """The tensors by name, without those that are None."""
         values = ((field.name, getattr(self, field.name)) for field in dataclasses.fields(self))
         return {name: value for name, value in values if isinstance(value, Tensor)}
+
+    @functools.cached_property
+    def _all(self) -> tuple[Tensor, ...]:
+        return tuple(self.tensors().values())
+
+    @property
+    def requires_grad(self) -> bool:
+        """Does one of the tensors?"""
+        return any(tensor.requires_grad for tensor in self._all)
 
     def to(self, device: torch.device | str | None = None, dtype: torch.dtype | None = None) -> Folded:
         """The bundle elsewhere, or in another dtype: half precision is for tables and matrices, the rest is float32."""

@@ -152,6 +152,8 @@ _IMPLEMENTATIONS: dict[str, _Implementation] = {
     "reference": _Implementation(_reference, lambda device: None, frozenset({"cpu", "cuda"})),
 }
 
+_loaded: dict[str, dict[str, Callable[..., Any]]] = {}
+
 
 def names() -> tuple[str, ...]:
     """Every word that `impl=` takes."""
@@ -197,7 +199,12 @@ def resolve(op: str, impl: str, device: torch.device | str) -> Callable[..., Any
     Raises:
         ImplementationError: as `chosen`.
     """
-    return _IMPLEMENTATIONS[chosen(op, impl, device)].load()[op]
+    name = chosen(op, impl, device)
+    if torch.compiler.is_compiling():
+        return _IMPLEMENTATIONS[name].load()[op]
+    if name not in _loaded:
+        _loaded[name] = _IMPLEMENTATIONS[name].load()
+    return _loaded[name][op]
 
 
 def silu_in_scan(impl: str, device: torch.device | str) -> bool:

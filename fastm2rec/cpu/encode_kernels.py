@@ -41,7 +41,7 @@ BLOCK = 128  # positions whose products are summed before they are added to the 
 
 
 class Shape(NamedTuple):
-    """Numbers of a model, and of a batch."""
+    """Numbers of a model."""
 
     n_items: int
     max_len: int
@@ -58,7 +58,6 @@ class Shape(NamedTuple):
     gate: int
     residual: int
     scan_norm: int
-    seqlen: int
 
 
 class Tables(NamedTuple):
@@ -277,7 +276,7 @@ def _known(ids, start, length, seqlen, n_items):
 
 
 @entry
-def encode(ids, lengths, out, shape, tables, filter, head, weights, transposed, eps, scratch, first, last):
+def encode(ids, lengths, out, seqlen, shape, tables, filter, head, weights, transposed, eps, scratch, first, last):
     """The queries [batch, d_model] of the rows from `first` to before `last`; NaN where one is not sound."""
     wide, d = padded(shape.dim), padded(shape.d_model)
     columns = shape.columns
@@ -301,9 +300,9 @@ def encode(ids, lengths, out, shape, tables, filter, head, weights, transposed, 
     for group in range(first, last, ROWS):
         count = min(ROWS, last - group)
         for i in range(count):
-            start, n = (group + i) * shape.seqlen, lengths[group + i]
+            start, n = (group + i) * seqlen, lengths[group + i]
             last_ids[i] = 0
-            if not _known(ids, start, n, shape.seqlen, shape.n_items):
+            if not _known(ids, start, n, seqlen, shape.n_items):
                 fill(y, i * wide, (i + 1) * wide, np.nan)
                 continue
             last_ids[i] = ids[start + n - 1]

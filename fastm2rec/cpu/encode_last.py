@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .last_scan import as_flat, empty_array, pack
+from .last_scan import as_flat, pack, scratch
 from .last_scan import grain as scan_grain
 from .threads import run
 
@@ -79,7 +79,6 @@ def _pack(folded: Folded) -> Packed:
         gate=gate[folded.gate],
         residual=int(folded.residual),
         scan_norm=int(folded.scan_norm_weight is not None),
-        seqlen=0,
     )
     tables = kernels.Tables(
         rows(folded.u_table), rows(folded.z_table), rows(folded.text_table), rows(folded.gate_table, 2)
@@ -120,25 +119,14 @@ def encode_last(item_ids: Tensor, lengths: Tensor, folded: Folded) -> Tensor:
 
     model = packed(folded)
     batch, seqlen = item_ids.shape
-    shape = model.shape._replace(seqlen=seqlen)
-    out = torch.empty(batch, shape.d_model, dtype=model.dtype)
-    ids, n, flat = as_flat(item_ids, torch.int64), as_flat(lengths, torch.int64), as_flat(out, model.dtype)
+    out = torch.empty(batch, model.shape.d_model, dtype=model.dtype)
+    arrays = (as_flat(item_ids, torch.int64), as_flat(lengths, torch.int64), as_flat(out, model.dtype))
 
-    def slice_(first: int, last: int) -> None:
-        scratch = empty_array(model.scratch, model.dtype)
+    def rows(first: int, last: int) -> None:
         kernels.encode(
-            ids,
-            n,
-            flat,
-            shape,
-            *model.model,
-            model.scan.weights,
-            model.scan.transposed,
-            model.eps,
-            scratch,
-            first,
-            last,
-        )
+            *arrays, seqlen, model.shape, *model.model, model.scan.weights, model.scan.transposed, model.eps,
+            scratch(model.scratch, model.dtype), first, last,
+        )  # fmt: skip
 
-    run(slice_, batch, scan_grain(model.scan, seqlen, shape.stride))
+    run(rows, batch, scan_grain(model.scan, seqlen, model.shape.stride))
     return out.to(folded.dtype)

@@ -18,6 +18,10 @@ goes the same way once, recomputing everything, and keeps four numbers for each 
 time, where the sum of the dT is known. The gradients of the parameters are summed over groups of GROUP rows, and those
 sums in order: they do not depend on how the groups are spread over threads.
 
+A state whose decay is below 2^-48 in all channels of a tile is struck out, for good: T only grows on the way back. When
+none is left, earlier positions have neither weight nor gradient. In a trained model most states forget within a few
+dozen positions.
+
 Sums over time and over rows are compensated (Kahan): without that 1600 positions lose 2e-6.
 
 Arrays are as `parts.py` says.
@@ -69,11 +73,11 @@ def backward_scratch(seqlen, dim, dstate, dt_rank, stride):
     steps = (seqlen + stride - 1) // stride
     return (
         weights_size(dim, dstate, dt_rank)
-        + (3 * ROWS + 8 + 4 * steps) * padded(dim)
+        + scan_size(dim, dstate, dt_rank)
+        + (2 * ROWS + 4 + 4 * steps) * padded(dim)
         + (ROWS + steps) * padded(dt_rank + dstate)
-        + 3 * padded(dstate)
-        + ROWS * dstate * (LANES + 1)
-        + dstate * LANES
+        + 2 * padded(dstate)
+        + (ROWS + 1) * dstate * LANES
     )
 
 
@@ -131,17 +135,17 @@ def backward(
     transposed_C = transposed[dim * columns :]
     most = (seqlen + stride - 1) // stride
     u, scratch = scratch[: ROWS * wide], scratch[ROWS * wide :]
-    raw, scratch = scratch[: ROWS * wide], scratch[ROWS * wide :]
     d_raw, scratch = scratch[: ROWS * wide], scratch[ROWS * wide :]
-    carried, scratch = scratch[: 4 * wide], scratch[4 * wide :]  # as in `forward`; then the sum of dT
+    scan = as_scan(scratch, dim, dstate, dt_rank)
+    scratch = scratch[scan_size(dim, dstate, dt_rank) :]
+    raw, carried, C, CB = scan.raw, scan.carried, scan.C, scan.CB  # `carried` has the sum of dT in the end
     s, scratch = scratch[: 4 * wide], scratch[4 * wide :]  # the gradient of y before the gate; z, dy, dz
     # Of each position's tiles: du, ddt, dT and the slope of softplus.
     kept, scratch = scratch[: 4 * most * wide], scratch[4 * most * wide :]
     projected, scratch = scratch[: (ROWS + most) * columns], scratch[(ROWS + most) * columns :]  # then its gradient
-    C, scratch = scratch[:states], scratch[states:]
     dC, scratch = scratch[: 2 * states], scratch[2 * states :]
     gX, scratch = scratch[: ROWS * dstate * LANES], scratch[ROWS * dstate * LANES :]
-    dA, CB = scratch[: dstate * LANES], scratch[dstate * LANES :]
+    dA = scratch[: dstate * LANES]
 
     for b in range(first * GROUP, min(batch, last * GROUP)):
         gradient = sums[b // GROUP * size : (b // GROUP + 1) * size]
@@ -163,10 +167,14 @@ def backward(
                 gate = load(s, wide + c)
                 store(s, 2 * wide + c, load(s, c))
                 store(s, c, load(s, c) * gate * sigmoid(gate))
-        fill(carried, 0, 4 * wide, 0)
+        start_scan(scan, wide, dstate)
         fill(dC, 0, 2 * states, 0)
 
+        seen = steps
         for k in range(0, steps, ROWS):
+            if not forget(scan, w.A, wide, dstate):
+                seen = k
+                break
             rows = min(ROWS, steps - k)
             low_rank = projected[k * columns :]
             read(p, newest - k * stride * dim, stride * dim, rows, dim, u)
@@ -183,6 +191,13 @@ def backward(
                     CB[i * dstate + n] = C[n] * low_rank[i * columns + dt_rank + n]
             fill(gX, 0, ROWS * dstate * LANES, 0)
             for c in range(0, wide, LANES):
+                alive = c // LANES * (1 + dstate)
+                count = scan.states[alive]
+                if count == 0:
+                    for i in range(rows):
+                        place = 4 * ((k + i) * wide + c)
+                        fill(kept, place, place + 4 * LANES, 0)
+                    continue
                 T, value, lost_T, lost = quad(carried, 4 * c)
                 ds = load(s, c)
                 fill(dA, 0, dstate * LANES, 0)
@@ -192,7 +207,8 @@ def backward(
                     g = ds * dt * x
                     gT = g * T
                     kernel = rate = full(scratch, 0.0)
-                    for n in range(dstate):
+                    for j in range(alive + 1, alive + 1 + count):
+                        n = scan.states[j]
                         A = load(w.A, c * dstate + n * LANES)
                         X = exp2(A * T)
                         store(gX, (i * dstate + n) * LANES, load(gX, (i * dstate + n) * LANES) + g * X)
@@ -204,7 +220,8 @@ def backward(
                     store_quad(kept, 4 * ((k + i) * wide + c), h * dt, h * x, g * rate * LN_2, slope)
                     value, lost = added(dt * x * kernel, value, lost)
                     T, lost_T = added(dt, T, lost_T)
-                for n in range(dstate):
+                for j in range(alive + 1, alive + 1 + count):
+                    n = scan.states[j]
                     accumulate(into.A, lost_by.A, c * dstate + n * LANES, load(dA, n * LANES))
                 store_quad(carried, 4 * c, T, value, lost_T, lost)
             for i in range(rows):
@@ -223,12 +240,12 @@ def backward(
             for e in range(dim):
                 dz[b * dim + e] = s[3 * wide + e]
         for t in range(seqlen):
-            if t >= length or (length - 1 - t) % stride:
+            if t >= length or (length - 1 - t) % stride or (length - 1 - t) // stride >= seen:
                 fill(dp, (b * seqlen + t) * dim, (b * seqlen + t + 1) * dim, 0)
 
         fill(carried, 0, 2 * wide, 0)
-        for k in range((steps - 1) // ROWS * ROWS, -1, -ROWS):
-            rows = min(ROWS, steps - k)
+        for k in range((seen - 1) // ROWS * ROWS, -1, -ROWS):
+            rows = min(ROWS, seen - k)
             low_rank = projected[k * columns :]
             for c in range(0, wide, LANES):
                 sum_dT, lost = load(carried, c), load(carried, wide + c)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -44,6 +45,20 @@ def empty_array(size: int, dtype: torch.dtype) -> np.ndarray:
     return torch.empty(size, dtype=dtype).numpy()
 
 
+_kept = threading.local()
+
+
+def scratch(size: int, dtype: torch.dtype) -> np.ndarray:
+    """This thread's own; it is kept, as the system's pages of a new one can cost more than a small batch."""
+    found = getattr(_kept, "arrays", None)
+    if found is None:
+        found = _kept.arrays = {}
+    array = found.get(dtype)
+    if array is None or array.size < size:
+        array = found[dtype] = empty_array(size, dtype)
+    return array
+
+
 def pack(
     x_proj_weight: Tensor,
     dt_proj_weight: Tensor,
@@ -79,7 +94,7 @@ def launch_forward(p: Tensor, packed: Packed, z: Tensor | None, lengths: Tensor,
 
     def rows(first: int, last: int) -> None:
         kernels.forward(
-            *arrays, packed.weights, packed.transposed, empty_array(kernels.forward_scratch(*sizes), dtype),
+            *arrays, packed.weights, packed.transposed, scratch(kernels.forward_scratch(*sizes), dtype),
             first, last, seqlen, *sizes, stride, z is not None,
         )  # fmt: skip
 
@@ -108,7 +123,7 @@ def launch_backward(
     def rows(first: int, last: int) -> None:
         kernels.backward(
             *arrays, sums, packed.weights, packed.transposed,
-            empty_array(kernels.backward_scratch(seqlen, *sizes, stride), dtype),
+            scratch(kernels.backward_scratch(seqlen, *sizes, stride), dtype),
             first, last, batch, seqlen, *sizes, stride, z is not None,
         )  # fmt: skip
 
