@@ -1,7 +1,8 @@
 """What every sequential recommender here can do: score, recommend, be saved and be loaded.
 
-A saved model is a folder: `config.json`, `model.safetensors` and, where the catalogue's own ids are known,
-`vocab.json`. The tensors' file carries a digest of the other two, so files of different models cannot be mixed up.
+A saved model is a folder: `config.json`, `model.safetensors` and, where they are known, the catalogue's own ids in
+`vocab.json` and its items' counts in `popularity.safetensors`. Both files of tensors carry a digest of the other two,
+so files of different models cannot be mixed up.
 """
 
 from __future__ import annotations
@@ -15,13 +16,15 @@ from typing import Any, NamedTuple, Self
 import torch
 from torch import Tensor, nn
 
-from .config import BERT4RecConfig, M2RecConfig, SASRecConfig
+from ._topk import top_k
+from .config import BERT4RecConfig, GRU4RecConfig, M2RecConfig, SASRecConfig
 from .storage import PathLike, StorageError, load_tensors, read_json, save_tensors, write_json
 from .vocab import ItemId, Unknown, Vocabulary
 
 CONFIG_FILE = "config.json"
 TENSORS_FILE = "model.safetensors"
 VOCAB_FILE = "vocab.json"
+POPULARITY_FILE = "popularity.safetensors"
 
 
 class Recommendation(NamedTuple):
@@ -35,11 +38,13 @@ class SequentialRecommender(nn.Module):
     """A model that maps a user's item history to a query vector, scored against one vector per item.
 
     Subclasses set `config` and define `encode`, `hidden`, `item_weight` and `is_causal`. `vocab`, if set, translates
-    between the user's item ids and the dense ids 1..n_items.
+    between the user's item ids and the dense ids 1..n_items. `popularity`, if set, is how often each item occurs in the
+    training data: [n_items + 1] int64.
     """
 
-    config: M2RecConfig | SASRecConfig
+    config: M2RecConfig | SASRecConfig | GRU4RecConfig
     vocab: Vocabulary | None = None
+    popularity: Tensor | None = None
 
     @property
     def n_items(self) -> int:
@@ -108,7 +113,7 @@ class SequentialRecommender(nn.Module):
                     f"item_ids: expected ids from 1 to {self.n_items} (0 is padding), got {low if low < 0 else high}"
                 )
             real = torch.arange(item_ids.shape[1]) < lengths.unsqueeze(1)
-            if not item_ids[real].all():
+            if low == 0 and not item_ids[real].all():
                 row = int((real & (item_ids == 0)).any(dim=1).nonzero()[0])
                 raise ValueError(
                     f"item_ids: expected items in the first lengths[{row}] slots of row {row}, got padding"
@@ -147,11 +152,11 @@ class SequentialRecommender(nn.Module):
             ValueError: an empty history, a k outside 1..n_items, or scores that are NaN.
             TypeError: `histories` is not a sequence of sequences.
         """
-        if not isinstance(k, int) or not 1 <= k <= self.n_items:
-            raise ValueError(f"k: expected an integer from 1 to {self.n_items}, the size of the catalogue, got {k!r}")
+        check_k(k, self.n_items)
         if batch_size < 1:
             raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
-        dense = self._dense_histories(histories, unknown)
+        vocab = self.vocab if self.vocab is not None else Vocabulary(range(1, self.n_items + 1))
+        dense = [row for row, _ in read_histories(histories, vocab, unknown)]
         training = self.training
         self.eval()
         try:
@@ -163,41 +168,18 @@ class SequentialRecommender(nn.Module):
         finally:
             self.train(training)
 
-    def _dense_histories(self, histories: Iterable[Iterable[object]], unknown: Unknown) -> list[list[int]]:
-        vocab = self.vocab if self.vocab is not None else Vocabulary(range(1, self.n_items + 1))
-        dense = []
-        for place, history in enumerate(histories):
-            if isinstance(history, str | bytes) or not hasattr(history, "__iter__"):
-                raise TypeError(f"histories: expected a sequence of item ids at position {place}, got {history!r}")
-            history = list(history)
-            try:
-                row = vocab.encode(history, unknown)
-            except KeyError as error:
-                raise type(error)(f"histories[{place}]: {error}") from None
-            if not row:
-                skipped = "" if not history else f"; all of its {len(history)} ids are unknown and were skipped"
-                raise ValueError(f"histories[{place}]: expected at least one item, got an empty history{skipped}")
-            dense.append(row)
-        return dense
-
     def _recommend(self, dense: list[list[int]], k: int, exclude_seen: bool) -> Iterator[list[Recommendation]]:
-        device = self.item_weight.device
+        weight = self.item_weight
+        device = weight.device
         recent = [torch.tensor(row[-self.max_len :]) for row in dense]
         item_ids = nn.utils.rnn.pad_sequence(recent, batch_first=True).to(device)
         lengths = torch.tensor([len(row) for row in recent], device=device)
-        scores = self.score(self.encode(item_ids, lengths)).float()
-        if scores[:, 1:].isnan().any():
-            raise ValueError("the model's scores are NaN: its weights, or its text table, are not finite")
+        seen = None
         if exclude_seen:
             rows = torch.tensor([place for place, row in enumerate(dense) for _ in row], device=device)
-            seen = torch.tensor([item for row in dense for item in row], device=device)
-            scores[rows, seen] = -torch.inf
-        best, ids = (tensor.cpu() for tensor in scores.topk(k, dim=1))
-        for values, row in zip(best.tolist(), ids.tolist(), strict=True):
-            kept = [(item, value) for item, value in zip(row, values, strict=True) if value > -torch.inf]
-            kept.sort(key=lambda pair: (-pair[1], pair[0]))  # equal scores: lower dense id first, on every device
-            names = [item for item, _ in kept] if self.vocab is None else self.vocab.decode(item for item, _ in kept)
-            yield [Recommendation(name, value) for name, (_, value) in zip(names, kept, strict=True)]
+            seen = rows, torch.tensor([item for row in dense for item in row], device=device)
+        query = self.encode(item_ids, lengths)
+        yield from named(*top_k(query, weight.to(query.dtype), k, seen), self.vocab)
 
     def save_pretrained(self, folder: PathLike) -> None:
         """Write the model to `folder`, made if need be. Saving again over the same architecture replaces the weights.
@@ -216,7 +198,12 @@ class SequentialRecommender(nn.Module):
         if vocab is not None:
             write_json(folder / VOCAB_FILE, vocab)
         write_json(folder / CONFIG_FILE, config)
-        save_tensors(folder / TENSORS_FILE, self.state_dict(), {"format": "pt", "digest": _digest(config, vocab)})
+        metadata = {"format": "pt", "digest": _digest(config, vocab)}
+        if self.popularity is None:
+            (folder / POPULARITY_FILE).unlink(missing_ok=True)
+        else:
+            save_tensors(folder / POPULARITY_FILE, {"counts": self.popularity}, metadata)
+        save_tensors(folder / TENSORS_FILE, self.state_dict(), metadata)
 
     @classmethod
     def from_pretrained(
@@ -236,15 +223,23 @@ class SequentialRecommender(nn.Module):
         folder = _local_folder(source, revision)
         config = read_json(folder / CONFIG_FILE)
         vocab = Vocabulary.load(folder / VOCAB_FILE) if (folder / VOCAB_FILE).exists() else None
-        tensors, metadata = load_tensors(folder / TENSORS_FILE)
         table = None if vocab is None else {"items": vocab.items, "titles": vocab.titles}
-        if metadata.get("digest") != _digest(config, table):
-            raise StorageError(f"{folder}: {TENSORS_FILE} was not saved with this {CONFIG_FILE} and {VOCAB_FILE}")
+        digest = _digest(config, table)
+
+        def load(file: str) -> dict[str, Tensor]:
+            tensors, metadata = load_tensors(folder / file)
+            if metadata.get("digest") != digest:
+                raise StorageError(f"{folder}: {file} was not saved with this {CONFIG_FILE} and {VOCAB_FILE}")
+            return tensors
+
+        tensors = load(TENSORS_FILE)
         model = _build_for_loading(config, folder)
         if not isinstance(model, cls):
             raise StorageError(f"{folder} holds a {model.model_type} model, not a {cls.__name__}")
         load_state(model, tensors, folder / TENSORS_FILE)
         model.vocab = vocab
+        if (folder / POPULARITY_FILE).exists():
+            model.popularity = _counts(load(POPULARITY_FILE), model.n_items, folder / POPULARITY_FILE)
         return model.to(device).eval()
 
 
@@ -252,7 +247,7 @@ def build_model(model_type: str, config: Mapping[str, Any], text: Tensor | None 
     """A freshly initialised model.
 
     Args:
-        model_type: "m2rec", "sasrec" or "bert4rec".
+        model_type: "m2rec", "sasrec", "bert4rec" or "gru4rec".
         config: the fields of that model's config dataclass.
         text: frozen text embeddings [n_items + 1, T], for an "m2rec" whose gate reads text.
 
@@ -274,7 +269,11 @@ def build_model(model_type: str, config: Mapping[str, Any], text: Tensor | None 
         from .baselines import BERT4Rec
 
         return BERT4Rec(BERT4RecConfig.from_dict(config))
-    raise ValueError(f"model_type: expected one of m2rec, sasrec, bert4rec, got {model_type!r}")
+    if model_type == "gru4rec":
+        from .baselines import GRU4Rec
+
+        return GRU4Rec(GRU4RecConfig.from_dict(config))
+    raise ValueError(f"model_type: expected one of m2rec, sasrec, bert4rec, gru4rec, got {model_type!r}")
 
 
 def load_state(model: nn.Module, tensors: Mapping[str, Tensor], path: PathLike) -> None:
@@ -324,6 +323,56 @@ def _build_for_loading(config: Any, folder: Path) -> SequentialRecommender:
         raise StorageError(f"{folder / CONFIG_FILE} does not describe a model: {error}") from error
 
 
+def check_k(k: object, n_items: int) -> None:
+    """Check how many items are asked for.
+
+    Raises:
+        ValueError: not an integer from 1 to n_items.
+    """
+    if isinstance(k, bool) or not isinstance(k, int) or not 1 <= k <= n_items:
+        raise ValueError(f"k: expected an integer from 1 to {n_items}, the size of the catalogue, got {k!r}")
+
+
+def read_histories(
+    histories: Iterable[Iterable[object]], vocab: Vocabulary, unknown: Unknown, *, allow_empty: bool = False
+) -> list[tuple[list[int], int]]:
+    """Histories by the user's own ids as dense ids, and how many unknown ids of each were skipped.
+
+    Raises:
+        UnknownItemError, ValueError, TypeError: as `SequentialRecommender.recommend`; an empty history is an error
+            unless `allow_empty`.
+    """
+    dense = []
+    for place, history in enumerate(histories):
+        if isinstance(history, str | bytes) or not hasattr(history, "__iter__"):
+            raise TypeError(f"histories: expected a sequence of item ids at position {place}, got {history!r}")
+        history = list(history)
+        try:
+            row = vocab.encode(history, unknown)
+        except KeyError as error:
+            raise type(error)(f"histories[{place}]: {error}") from None
+        if not row and not allow_empty:
+            skipped = "" if not history else f"; all of its {len(history)} ids are unknown and were skipped"
+            raise ValueError(f"histories[{place}]: expected at least one item, got an empty history{skipped}")
+        dense.append((row, len(history) - len(row)))
+    return dense
+
+
+def named(scores: Tensor, ids: Tensor, vocab: Vocabulary | None) -> Iterator[list[Recommendation]]:
+    """The rows of `top_k`'s answer by the user's own ids, without those that score -inf."""
+    for values, row in zip(scores.tolist(), ids.tolist(), strict=True):
+        kept = [item for item in row if item]
+        names = kept if vocab is None else vocab.decode(kept)
+        yield [Recommendation(name, value) for name, value in zip(names, values, strict=False)]
+
+
+def _counts(tensors: Mapping[str, Tensor], n_items: int, path: Path) -> Tensor:
+    counts = tensors.get("counts")
+    if counts is None or counts.shape != (n_items + 1,) or counts.dtype != torch.int64:
+        raise StorageError(f"{path}: expected counts of shape [{n_items + 1}] and dtype torch.int64")
+    return counts
+
+
 def _digest(config: Any, vocab: Any) -> str:
     return hashlib.sha256(json.dumps([config, vocab], sort_keys=True).encode()).hexdigest()
 
@@ -340,5 +389,8 @@ def _local_folder(source: PathLike, revision: str | None) -> Path:
         raise StorageError(
             f"{source} is no folder; to read it as a Hugging Face hub repository, pip install 'fastm2rec[hub]'"
         ) from None
-    files = [CONFIG_FILE, TENSORS_FILE, VOCAB_FILE]
-    return Path(snapshot_download(source, revision=revision, allow_patterns=files))
+    files = [CONFIG_FILE, TENSORS_FILE, VOCAB_FILE, POPULARITY_FILE]
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=files))
+    except Exception as error:  # the hub's own, its HTTP client's, the disk's
+        raise StorageError(f"{source} is no folder, and as a Hugging Face hub repository: {error}") from error

@@ -126,21 +126,21 @@ class M2RecEncoder(nn.Module):
             raise ValueError(f"output: expected 'all' or 'last', got {output!r}")
         if padding_side == "left":
             x = roll_rows(x, lengths - x.shape[1])
+        x = x.masked_fill(padding_of(x, lengths), 0.0)
         y = self.run(x, lengths, last=output == "last", impl=impl)
         if padding_side == "left" and output == "all":
             y = roll_rows(y, x.shape[1] - lengths)
         return y
 
     def run(self, x: Tensor, lengths: Tensor, *, last: bool, impl: str = "auto") -> Tensor:
-        """`forward` for right-padded input that is known to be sound."""
+        """`forward` for right-padded input that is known to be sound, and zero at padding."""
         if self.config.stride > 1 and not last:
             raise ValueError(f"output: expected 'last' with stride={self.config.stride}, got 'all'")
-        padding = (torch.arange(x.shape[1], device=x.device) >= lengths.unsqueeze(1)).unsqueeze(2)
-        for depth, layer in enumerate(self.layers, start=1):
-            final = depth == len(self.layers)
-            x = x.masked_fill(padding, 0.0)
-            x = layer(x, lengths, last=last and final, stride=self.config.stride if final else 1, impl=impl)
-        return x if last else x.masked_fill(padding, 0.0)
+        *inner, final = self.layers
+        for layer in inner:
+            x = layer(x, lengths, last=False, stride=1, impl=impl).masked_fill(padding_of(x, lengths), 0.0)
+        x = final(x, lengths, last=last, stride=self.config.stride, impl=impl)
+        return x if last else x.masked_fill(padding_of(x, lengths), 0.0)
 
     def _lengths(
         self, x: Tensor, lengths: Tensor | None, key_padding_mask: Tensor | None, padding_side: PaddingSide
@@ -175,6 +175,11 @@ class M2RecEncoder(nn.Module):
             lengths = torch.full((batch,), seqlen, dtype=torch.int64, device=x.device)
         check_lengths(lengths, batch, seqlen)
         return lengths.to(device=x.device, dtype=torch.int64)
+
+
+def padding_of(x: Tensor, lengths: Tensor) -> Tensor:
+    """Where x [B, L, C] has padding: [B, L, 1]."""
+    return (torch.arange(x.shape[1], device=x.device) >= lengths.unsqueeze(1)).unsqueeze(2)
 
 
 class Fusion(nn.Module):
@@ -296,7 +301,7 @@ class M2Rec(SequentialRecommender):
 
     def encode(self, item_ids: Tensor, lengths: Tensor) -> Tensor:
         item_ids, lengths = self.check_batch(item_ids, lengths)
-        h = self.encoder.run(self._embed(item_ids), lengths, last=True, impl=self.impl)
+        h = self.encoder.run(self._embed(item_ids, lengths), lengths, last=True, impl=self.impl)
         if self.config.gate == "none":
             return h
         last = item_ids.gather(1, (lengths - 1).unsqueeze(1)).squeeze(1)
@@ -305,17 +310,19 @@ class M2Rec(SequentialRecommender):
     def hidden(self, item_ids: Tensor, lengths: Tensor) -> Tensor:
         item_ids, lengths = self.check_batch(item_ids, lengths)
         seqlen = item_ids.shape[1]
-        h = self.encoder.run(self._embed(item_ids), lengths, last=False, impl=self.impl)[:, :seqlen]
+        h = self.encoder.run(self._embed(item_ids, lengths), lengths, last=False, impl=self.impl)[:, :seqlen]
         if self.config.gate == "none":
             return h
         return self.fusion(h.flatten(0, 1), self.text, item_ids.flatten(), self.impl).unflatten(0, item_ids.shape)
 
-    def _embed(self, item_ids: Tensor) -> Tensor:
-        """Embedded, normalised items [B, L, D]; L is max_len where the filter transforms all slots."""
+    def _embed(self, item_ids: Tensor, lengths: Tensor) -> Tensor:
+        """Embedded, normalised items [B, L, D], zero at padding; L is max_len where the filter transforms all slots."""
         config = self.config
         if config.filter_placement != "none" and config.spectrum == "padded":
             item_ids = F.pad(item_ids, (0, config.max_len - item_ids.shape[1]))
-        return self.input_norm(self.dropout(self.item_embedding(item_ids)))
+        norm, dropout = self.input_norm, self.dropout.p if self.training else 0.0
+        table = self.item_embedding.weight
+        return ops.embed_norm(table, item_ids, lengths, norm.weight, norm.bias, norm.eps, dropout, impl=self.impl)
 
 
 def initialise(module: nn.Module, config: M2RecConfig) -> None:

@@ -31,6 +31,7 @@ class SpectralFilter(nn.Module):
         self.tau = config.tau
         self.spectrum = config.spectrum
         self._theta = config.theta
+        self._kept: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
         if config.mask != "hard":
             share = 2 * config.theta
             self.theta_logit = nn.Parameter(torch.tensor(math.log(share / (1 - share))))
@@ -92,14 +93,35 @@ class SpectralFilter(nn.Module):
 
     def _columns(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """The basis, [L, R] or one of each row [B, L, R], and the gain of its columns, [R] or [B, R]."""
-        seqlen = x.shape[1]
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+        if self.spectrum == "valid":
+            basis, frequencies = self._basis(lengths, x.shape[1], dtype)
+            return basis, mask_gain(frequencies, self.theta, self.mask, self.tau)
+        basis, frequencies = self._padded_basis(x.shape[1], dtype, x.device)
+        return basis, mask_gain(frequencies, self.theta, self.mask, self.tau)
+
+    def _basis(self, lengths: Tensor, seqlen: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """One basis [L, R] for each of `lengths`, and the frequencies of its columns [R]."""
         columns = n_columns(seqlen, self._theta if self.mask == "hard" else None, self.kind)
-        if self.spectrum == "padded":  # one basis for all rows
-            lengths = torch.full((1,), seqlen, dtype=torch.int64, device=x.device)
         basis = row_basis(lengths, seqlen, columns, self.kind, dtype)
-        gain = mask_gain(column_frequencies(lengths, columns, self.kind, dtype), self.theta, self.mask, self.tau)
-        return (basis[0], gain[0]) if self.spectrum == "padded" else (basis, gain)
+        return basis, column_frequencies(lengths, columns, self.kind, dtype)
+
+    def _padded_basis(self, seqlen: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The basis over all L slots and the frequencies of its columns; they are made once."""
+
+        def make() -> tuple[Tensor, Tensor]:
+            lengths = torch.full((1,), seqlen, dtype=torch.int64, device=device)
+            basis, frequencies = self._basis(lengths, seqlen, dtype)
+            return basis[0], frequencies[0]
+
+        key = (seqlen, dtype, device)
+        if torch.compiler.is_compiling() or key in self._kept:
+            return self._kept[key] if key in self._kept else make()
+        with torch.inference_mode(False):  # what is made in inference mode could not be used in training
+            made = make()
+        if type(made[0]) is Tensor:  # and not a tracer's stand-in
+            self._kept = {key: made}  # of one length: models see one
+        return made
 
     def _by_transform(self, seqlen: int) -> bool:
         """Is the sequence so long that fast transforms beat matrix products?"""

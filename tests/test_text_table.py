@@ -145,6 +145,10 @@ REFUSED = [
     ("t.safetensors", save({"item_ids": torch.ones(2)}), "'embeddings'"),
     ("t.safetensors", save({"embeddings": torch.ones(2, 3).long(), "item_ids": torch.tensor([1, 2])}), "got int64"),
     ("t.safetensors", save({"embeddings": torch.ones(2, 3), "item_ids": torch.tensor(1)}), r"got int64 \(\)"),
+    ("t.safetensors", save({"embeddings": torch.ones(2, 3)}, {"item_ids": "[1, 2"}), "not a table .*delimiter"),
+    ("t.safetensors", save({"embeddings": torch.ones(2, 3)}, {"item_ids": "7"}), "item_ids: expected a list .*got int"),
+    ("t.safetensors", save({"embeddings": torch.ones(2, 3)}, {"item_ids": "[7]"}), "got 1 ids and 2 embeddings"),
+    ("t.safetensors", save({"embeddings": torch.ones(2, 3)}, {"item_ids": "[7, 7]"}), "got 7 more than once"),
     ("t.parquet", b"PAR1", ": not a Parquet file"),
     ("t.parquet", _parquet([1, 2], [[1.0, 2.0], [3.0]]), r"embedding: expected lists of one length, got \[1, 2\]"),
     ("t.parquet", _parquet([1, 2], [[1.0, 2.0], None]), r"embedding: expected lists of one length, got \[None, 2\]"),
@@ -226,6 +230,11 @@ def test_rows_come_in_the_order_of_the_vocabulary(described: list[int], known: l
     rows = dict(zip(described, text.embeddings.tolist(), strict=True))
     assert aligned.table.tolist() == [[0.0] * 3, *(rows.get(item, [0.0] * 3) for item in known)]
     assert aligned.missing == len(missing)
+
+
+def test_items_without_text_are_counted_wherever_they_are() -> None:
+    text = TextTable([1, 2, 3], torch.tensor([[0.0, 0.0], [0.0, -1.0], [0.0, 0.0]]))
+    assert align(text, Vocabulary([2, 3, 4])).missing == 2  # 3 has a zero row, 4 has none
 
 
 def test_ids_of_another_type_are_refused() -> None:

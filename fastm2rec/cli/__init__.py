@@ -1,9 +1,12 @@
 """The command line: prepare a log, train a model, evaluate it, ask it for recommendations.
 
-    fastm2rec prepare    --dataset ml-100k --data DIR --out FOLDER
-    fastm2rec train      --dataset ml-100k --data DIR --model m2rec --out RUN
-    fastm2rec evaluate   RUN
-    fastm2rec recommend  RUN --history 50 181 121
+    fastm2rec prepare      --dataset ml-100k --data DIR --out FOLDER
+    fastm2rec embed-items  --dataset ml-100k --data DIR --out FILE
+    fastm2rec train        --dataset ml-100k --data DIR --model m2rec --text FILE --out RUN
+    fastm2rec evaluate     RUN
+    fastm2rec recommend    RUN --history 50 181 121
+    fastm2rec serve      --model RUN
+    fastm2rec export       RUN --format onnx --out FILE
 
 The options of `train` are the fields of the dataclasses in `fastm2rec.config` and `fastm2rec.training.config`, as
 flags or as YAML. A failure that a message explains is one line on stderr and exit code 1, a wrong command line 2.
@@ -20,12 +23,12 @@ from .._version import __version__
 from ._arguments import PROGRAM
 
 # Each is a module here with a function `run(arguments) -> exit code`; only the one that is asked for is imported.
-COMMANDS = ("prepare", "train", "evaluate", "recommend")
+COMMANDS = ("prepare", "embed-items", "tune-text", "train", "evaluate", "recommend", "serve", "export")
 
 # Packages of the extras; where one is missing, its ImportError says what to install.
 OPTIONAL = (
-    "accelerate", "faiss", "fastapi", "jsonargparse", "onnx", "onnxruntime", "onnxscript", "polars", "pooch",
-    "prometheus_client", "sentence_transformers", "uvicorn", "yaml",
+    "accelerate", "datasets", "faiss", "fastapi", "jsonargparse", "onnx", "onnxruntime", "onnxscript", "polars",
+    "pooch", "prometheus_client", "sentence_transformers", "uvicorn", "yaml",
 )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ from __future__ import annotations
 import numpy as np
 from numba.extending import register_jitable
 
-from .compiler import entry
+from .compiler import entry, part
 from .parts import (
     ROWS,
     accumulate,
@@ -46,6 +46,7 @@ from .parts import (
     project_one,
     quad,
     read,
+    remembered,
     scan_block,
     scan_size,
     scanned,
@@ -70,7 +71,7 @@ def forward_scratch(dim, dstate, dt_rank):
 @register_jitable
 def backward_scratch(seqlen, dim, dstate, dt_rank, stride):
     """Elements that `backward` needs."""
-    steps = (seqlen + stride - 1) // stride
+    steps = ((seqlen + stride - 1) // stride + ROWS - 1) // ROWS * ROWS
     return (
         weights_size(dim, dstate, dt_rank)
         + scan_size(dim, dstate, dt_rank)
@@ -117,6 +118,67 @@ def forward(
             y[b * dim + e] = gate[e] * value[e]
 
 
+@part
+def outer_products(low, columns, count, rows, x, wide, sums, lost):
+    """sums [count, E] += low [ROWS, columns]^T x [ROWS, E], of the first `rows` rows and `count` columns."""
+    whole = count // ROWS * ROWS
+    for k in range(0, wide, LANES):
+        for j in range(0, whole, ROWS):
+            a = b = c = d = e = f = g = h = full(x, 0.0)
+            for i in range(rows):
+                value = load(x, i * wide + k)
+                place = i * columns + j
+                a = a + at(low, place) * value
+                b = b + at(low, place + 1) * value
+                c = c + at(low, place + 2) * value
+                d = d + at(low, place + 3) * value
+                e = e + at(low, place + 4) * value
+                f = f + at(low, place + 5) * value
+                g = g + at(low, place + 6) * value
+                h = h + at(low, place + 7) * value
+            accumulate(sums, lost, j * wide + k, a)
+            accumulate(sums, lost, (j + 1) * wide + k, b)
+            accumulate(sums, lost, (j + 2) * wide + k, c)
+            accumulate(sums, lost, (j + 3) * wide + k, d)
+            accumulate(sums, lost, (j + 4) * wide + k, e)
+            accumulate(sums, lost, (j + 5) * wide + k, f)
+            accumulate(sums, lost, (j + 6) * wide + k, g)
+            accumulate(sums, lost, (j + 7) * wide + k, h)
+        for j in range(whole, count):
+            a = full(x, 0.0)
+            for i in range(rows):
+                a = a + at(low, i * columns + j) * load(x, i * wide + k)
+            accumulate(sums, lost, j * wide + k, a)
+
+
+@part
+def back_project(low, columns, count, weight, kept, wide, out):
+    """out [ROWS, E] *= du + low [ROWS, columns] weight [count, E]; du is the first of each tile's numbers in `kept`."""
+    for k in range(0, wide, LANES):
+        a, b = load(kept, 4 * k), load(kept, 4 * (wide + k))
+        c, d = load(kept, 4 * (2 * wide + k)), load(kept, 4 * (3 * wide + k))
+        e, f = load(kept, 4 * (4 * wide + k)), load(kept, 4 * (5 * wide + k))
+        g, h = load(kept, 4 * (6 * wide + k)), load(kept, 4 * (7 * wide + k))
+        for j in range(count):
+            value = load(weight, j * wide + k)
+            a = a + at(low, j) * value
+            b = b + at(low, columns + j) * value
+            c = c + at(low, 2 * columns + j) * value
+            d = d + at(low, 3 * columns + j) * value
+            e = e + at(low, 4 * columns + j) * value
+            f = f + at(low, 5 * columns + j) * value
+            g = g + at(low, 6 * columns + j) * value
+            h = h + at(low, 7 * columns + j) * value
+        store(out, k, a * load(out, k))
+        store(out, wide + k, b * load(out, wide + k))
+        store(out, 2 * wide + k, c * load(out, 2 * wide + k))
+        store(out, 3 * wide + k, d * load(out, 3 * wide + k))
+        store(out, 4 * wide + k, e * load(out, 4 * wide + k))
+        store(out, 5 * wide + k, f * load(out, 5 * wide + k))
+        store(out, 6 * wide + k, g * load(out, 6 * wide + k))
+        store(out, 7 * wide + k, h * load(out, 7 * wide + k))
+
+
 @entry
 def backward(
     p, lengths, z, dy, dp, dz, sums, weights, transposed, scratch,
@@ -133,7 +195,7 @@ def backward(
     wide = padded(dim)
     columns, states = padded(dt_rank + dstate), padded(dstate)
     transposed_C = transposed[dim * columns :]
-    most = (seqlen + stride - 1) // stride
+    most = ((seqlen + stride - 1) // stride + ROWS - 1) // ROWS * ROWS
     u, scratch = scratch[: ROWS * wide], scratch[ROWS * wide :]
     d_raw, scratch = scratch[: ROWS * wide], scratch[ROWS * wide :]
     scan = as_scan(scratch, dim, dstate, dt_rank)
@@ -227,6 +289,9 @@ def backward(
             for i in range(rows):
                 for n in range(dstate):
                     place = i * columns + dt_rank + n
+                    if not remembered(scan, n, wide, dstate):
+                        low_rank[place] = 0
+                        continue
                     sum_gX = total(load(gX, (i * dstate + n) * LANES))
                     dC[n], dC[states + n] = added(low_rank[place] * sum_gX, dC[n], dC[states + n])
                     low_rank[place] = C[n] * sum_gX
@@ -259,12 +324,8 @@ def backward(
                 accumulate(into.bias, lost_by.bias, c, bias)
                 store(carried, c, sum_dT)
                 store(carried, wide + c, lost)
+            outer_products(low_rank, columns, dt_rank, rows, d_raw, wide, into.dt_proj, lost_by.dt_proj)
             for r in range(dt_rank):
-                for c in range(0, wide, LANES):
-                    gradient = full(scratch, 0.0)
-                    for i in range(rows):
-                        gradient = gradient + at(low_rank, i * columns + r) * load(d_raw, i * wide + c)
-                    accumulate(into.dt_proj, lost_by.dt_proj, r * wide + c, gradient)
                 for i in range(rows):
                     gradient = full(scratch, 0.0)
                     for c in range(0, wide, LANES):
@@ -285,21 +346,12 @@ def backward(
                         gradient = gradient + at(dC, n) * load(w.x_proj, row)
                         accumulate(into.x_proj, lost_by.x_proj, row, at(dC, n) * load(u, c))
                     store(kept, 4 * c, gradient)
+            back_project(low_rank, columns, dt_rank + dstate, w.x_proj, kept[4 * k * wide :], wide, raw)
             for i in range(rows):
-                for c in range(0, wide, LANES):
-                    gradient = load(kept, 4 * ((k + i) * wide + c))
-                    for j in range(dt_rank + dstate):
-                        gradient = gradient + at(low_rank, i * columns + j) * load(w.x_proj, j * wide + c)
-                    store(raw, i * wide + c, gradient * load(raw, i * wide + c))
                 place = newest - (k + i) * stride * dim
                 for e in range(dim):
                     dp[place + e] = raw[i * wide + e]
-            for j in range(dt_rank + dstate):
-                for c in range(0, wide, LANES):
-                    gradient = full(scratch, 0.0)
-                    for i in range(rows):
-                        gradient = gradient + at(low_rank, i * columns + j) * load(u, i * wide + c)
-                    accumulate(into.x_proj, lost_by.x_proj, j * wide + c, gradient)
+            outer_products(low_rank, columns, dt_rank + dstate, rows, u, wide, into.x_proj, lost_by.x_proj)
 
 
 @entry

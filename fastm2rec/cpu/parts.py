@@ -263,6 +263,17 @@ def forget(scan, A, wide, dstate):
 
 
 @part
+def remembered(scan, n, wide, dstate):
+    """Does any tile still need state n? Only what `forget` left counts, in ascending order."""
+    for tile in range(wide // LANES):
+        first = tile * (1 + dstate) + 1
+        for j in range(first, first + scan.states[first - 1]):
+            if scan.states[j] == n:
+                return True
+    return False
+
+
+@part
 def scan_block(u, rows, first, w, transposed, scan, dim, dstate, dt_rank):
     """Take in the next `rows` positions, backward in time, u [rows, E] after SiLU; from the last one where `first`."""
     wide, columns = padded(dim), padded(dt_rank + dstate)

@@ -149,6 +149,49 @@ def where_less(typingctx, x, bound, then, otherwise):
     return x(x, bound, then, otherwise), codegen
 
 
+def _mixed(builder, bits):
+    """A permutation of 32-bit integers in which every bit of the input changes about half of the output's (murmur3)."""
+
+    def constant(value):
+        return ir.Constant(bits.type, [value] * LANES)
+
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, None)):
+        bits = builder.xor(bits, builder.lshr(bits, constant(shift)))
+        bits = bits if factor is None else builder.mul(bits, constant(factor))
+    return bits
+
+
+@intrinsic
+def dropped(typingctx, array, index, key, threshold, scale):
+    """Dropout's factors for array[index : index + LANES]: 0 with a probability of threshold / 2^32, else `scale`.
+
+    Random in the 64 bits of `key` and in the index, and the same whenever these are.
+    """
+    lanes = Lanes(array.dtype)
+
+    def codegen(context, builder, signature, arguments):
+        _, index, key, threshold, scale = arguments
+        kinds = signature.args
+        word = ir.IntType(32)
+        words = ir.VectorType(word, LANES)
+
+        def splat(value):
+            one = builder.insert_element(ir.Constant(words, ir.Undefined), value, ir.Constant(word, 0))
+            return builder.shuffle_vector(one, one, ir.Constant(words, [0] * LANES))
+
+        def half(value, shift):
+            return splat(builder.trunc(builder.lshr(value, ir.Constant(value.type, shift)), word))
+
+        bits = builder.add(half(index, 0), ir.Constant(words, list(range(LANES))))
+        bits = _mixed(builder, builder.add(bits, half(key, 0)))
+        bits = _mixed(builder, builder.xor(bits, builder.add(half(key, 32), half(index, 32))))
+        kept = builder.icmp_unsigned(">=", bits, half(threshold, 0))
+        scales = _splat(context, builder, scale, kinds[4], lanes)
+        return builder.select(kept, scales, ir.Constant(scales.type, [0.0] * LANES))
+
+    return lanes(array, types.int64, types.int64, types.int64, scale), codegen
+
+
 @intrinsic
 def _all_less(typingctx, x, bound):
     """Is every lane less than bound, and none NaN?"""

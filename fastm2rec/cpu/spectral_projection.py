@@ -11,6 +11,8 @@ The shifted bases are one matrix of R * width columns, the scaled weights anothe
 channels, one core) that takes 0.3 of the reference's time with the filter after the convolution and 0.5 before it; 0.6
 and 0.7 with a basis for each row. With more shifted columns than positions the gain is gone: there, and without a
 convolution or a Linear, it is the reference.
+
+With the filter last and the Fourier basis over all slots there is less to do: see `fourier_kernels.py`.
 """
 
 from __future__ import annotations
@@ -18,8 +20,14 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..basis import row_basis
 from ..reference.spectral_projection import spectral_projection as reference
+from .fourier_conv import convolved_bins, with_ends
+
+# Of each basis that was seen: its version, and whether it is Fourier's.
+_fourier: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
 def spectral_projection(
@@ -35,6 +43,11 @@ def spectral_projection(
     activation: str | None = None,
 ) -> Tensor:
     """As `fastm2rec.reference.spectral_projection.spectral_projection`."""
+    if conv_first and conv_weight is not None and weight is not None and _is_fourier(x, basis, conv_weight):
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        tensors = (x, basis, mask, weight, bias, conv_weight, conv_bias)
+        y = _fourier_last(*(t if t is None else t.to(dtype) for t in tensors))
+        return (F.silu(y) if activation == "silu" else y).to(x.dtype)
     if conv_weight is None or weight is None or conv_weight.shape[1] * basis.shape[-1] > basis.shape[-2]:
         return reference(
             x, basis, mask, weight, bias,
@@ -44,6 +57,26 @@ def spectral_projection(
     tensors = (x, basis, mask, weight, bias, conv_weight, conv_bias)
     y = (_filter_last if conv_first else _filter_first)(*(t if t is None else t.to(dtype) for t in tensors))
     return (F.silu(y) if activation == "silu" else y).to(x.dtype)
+
+
+def _is_fourier(x: Tensor, basis: Tensor, conv_weight: Tensor) -> bool:
+    """Is it the Fourier basis over all slots, and are the sizes those that the kernel takes?"""
+    dim, width = conv_weight.shape
+    if (
+        torch.compiler.is_compiling()
+        or type(basis) is not Tensor
+        or basis.dim() != 2
+        or dim % 32
+        or not 2 <= width <= len(basis) + 1
+    ):
+        return False
+    known = _fourier.get(basis)
+    if known is None or known[0] != basis._version:
+        seqlen, columns = basis.shape
+        exact = row_basis(torch.tensor([seqlen]), seqlen, columns, "fourier", torch.float64)[0]
+        same = bool((basis - exact).abs().max() <= 4 * torch.finfo(basis.dtype).eps)
+        known = _fourier[basis] = (basis._version, same)
+    return known[1]
 
 
 def _shifted(basis: Tensor, shifts: range) -> Tensor:
@@ -62,6 +95,17 @@ def _masked(bins: Tensor, mask: Tensor | None) -> Tensor:
         return bins
     # As in the reference: a square mask counts as one for each row.
     return bins * (mask.unsqueeze(-1) if mask.dim() == 1 or mask.shape == bins.shape[:2] else mask)
+
+
+def _fourier_last(x, basis, mask, weight, bias, conv_weight, conv_bias):
+    bases = with_ends(basis, conv_weight.shape[1])
+    bins = F.linear(bases.mT @ x, weight)
+    if bias is not None:
+        bins = bins + bases.sum(dim=0)[:, None] * bias
+    bins = convolved_bins(bins, conv_weight, basis)
+    if conv_bias is not None:
+        bins = bins + basis.sum(dim=0)[:, None] * conv_bias
+    return basis @ _masked(bins, mask)
 
 
 def _filter_last(x, basis, mask, weight, bias, conv_weight, conv_bias):

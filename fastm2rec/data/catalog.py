@@ -67,12 +67,14 @@ class Loaded:
         files: what was read, for the record.
         text: embeddings in the order of the vocabulary.
         text_source: where they came from.
+        items: the item table, as `read_items` gives it, also of items that no event has; None if there was none.
     """
 
     dataset: SequenceDataset
     files: tuple[str, ...]
     text: AlignedText | None = None
     text_source: str | None = None
+    items: pl.DataFrame | None = None
 
 
 def load_dataset(
@@ -104,8 +106,10 @@ def load_dataset(
         dataset = SequenceDataset.from_log(_core(made.log, user_min, item_min), made.items)
         if text in ("auto", "none"):
             own = align(TextTable(made.items["item"].to_list(), made.text[1:]), dataset.vocab)
-            return Loaded(dataset, (), *((own, "synthetic") if text == "auto" else (None, None)))
-        return Loaded(dataset, (), *_text(text, None, dataset))
+            table, origin = (own, "synthetic") if text == "auto" else (None, None)
+        else:
+            table, origin = _text(text, None, dataset)
+        return Loaded(dataset, (), table, origin, made.items)
     if folder is None:
         raise DataError(f"data: expected the folder of {name}, got none")
     folder = Path(folder)
@@ -128,7 +132,7 @@ def load_dataset(
             files.append(item_file)
     dataset = SequenceDataset.from_log(_core(log, user_min, item_min), items)
     place = folder if folder.is_dir() else folder.parent
-    return Loaded(dataset, tuple(dict.fromkeys(map(str, files))), *_text(text, place, dataset))
+    return Loaded(dataset, tuple(dict.fromkeys(map(str, files))), *_text(text, place, dataset), items)
 
 
 def _core(log: pl.DataFrame, user_min: int, item_min: int) -> pl.DataFrame:

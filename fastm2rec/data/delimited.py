@@ -246,13 +246,19 @@ def table(
 
 
 def table_items(path: PathLike, item: str = "item", title: str = "title", separator: str | None = None) -> pl.DataFrame:
-    """An item table from any CSV, TSV or Parquet file with columns of these names."""
+    """An item table from any CSV, TSV or Parquet file with columns of these names.
+
+    Columns `categories` (a list, or text with `|` between the parts), `brand` and `description` are taken if present.
+    """
     frame = _table(path, separator)
     missing = [name for name in (item, title) if name not in frame]
     if missing:
         raise DataError(f"{path}: no column {', '.join(missing)}; the columns are {', '.join(frame.columns[1:])}")
     require_ids(frame, item, path)
-    return item_frame(frame[item], frame[title])
+    found = {name: frame[name] for name in ("categories", "brand", "description") if name in frame}
+    if "categories" in found and found["categories"].dtype == pl.String:
+        found["categories"] = found["categories"].str.split("|")
+    return item_frame(frame[item], frame[title], **found)
 
 
 def _table(path: PathLike, separator: str | None) -> pl.DataFrame:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import json
 import zipfile
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +15,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from ..storage import PathLike, StorageError, load_tensors, read_json, save_tensors, write_json
+from ..storage import PathLike, StorageError, load_tensors, read_json, save_tensors
 from ..vocab import ItemId, Vocabulary
 from .files import DataError, natural_ids, read_bytes, read_parquet
 
@@ -29,7 +31,7 @@ class TextTable(NamedTuple):
 
 
 class AlignedText(NamedTuple):
-    """`table` [n_items + 1, T] in the order of a vocabulary, row 0 zero; `missing` items have a zero row."""
+    """`table` [n_items + 1, T] in the order of a vocabulary, row 0 zero; `missing` items have a zero row, too."""
 
     table: Tensor
     missing: int
@@ -40,8 +42,9 @@ def load_text_table(path: PathLike) -> TextTable:
 
     Args:
         path: by its ending, .npz with the arrays `item_ids` [n] and `embeddings` [n, T]; .npy [n, T] with the ids as a
-            JSON list beside it (`NAME.ids.json`); .safetensors with `embeddings` and either a tensor `item_ids` or the
-            ids beside it like that; .parquet with the columns `item_id` and `embedding` (a list of numbers).
+            JSON list beside it (`NAME.ids.json`); .safetensors with `embeddings` and the ids as a tensor `item_ids`, as
+            a JSON list `item_ids` in the metadata, or beside it like that; .parquet with the columns `item_id` and
+            `embedding` (a list of numbers).
 
     Raises:
         DataError: an unknown ending, missing arrays, shapes that do not fit, repeated ids, or values not finite.
@@ -80,15 +83,23 @@ def load_text_table(path: PathLike) -> TextTable:
     return TextTable(ids, torch.from_numpy(values))
 
 
-def save_text_table(path: PathLike, text: TextTable) -> None:
-    """Write a table as .safetensors, with the ids as JSON beside it, for `load_text_table`.
+def save_text_table(path: PathLike, text: TextTable, metadata: Mapping[str, str] | None = None) -> None:
+    """Write a table as one .safetensors file for `load_text_table`, the ids in its metadata.
+
+    Args:
+        path: with the ending .safetensors.
+        text: the table.
+        metadata: more strings for the file's header, such as where the table came from.
 
     Raises:
+        DataError: another ending, by which it could not be read.
         StorageError: it cannot be written.
     """
     path = Path(path)
-    write_json(path.with_suffix(IDS_ENDING), text.items)
-    save_tensors(path, {"embeddings": text.embeddings})
+    if path.suffix != ".safetensors":
+        raise DataError(f"{path}: expected a file ending in .safetensors")
+    # One file, so that ids and rows cannot come from different tables; safetensors has no tensors of strings.
+    save_tensors(path, {"embeddings": text.embeddings}, {**(metadata or {}), "item_ids": json.dumps(text.items)})
 
 
 def _npz(path: Path) -> tuple[list[ItemId], np.ndarray]:
@@ -107,18 +118,24 @@ def _npy(path: Path) -> tuple[list[ItemId], np.ndarray]:
 
 
 def _safetensors(path: Path) -> tuple[list[ItemId], np.ndarray]:
-    tensors, _ = load_tensors(path)
+    tensors, metadata = load_tensors(path)
     embeddings = tensors["embeddings"]
     values = (embeddings.float() if embeddings.is_floating_point() else embeddings).numpy()
     if "item_ids" in tensors:
         return _as_ids(tensors["item_ids"].numpy()), values
+    if "item_ids" in metadata:
+        return _as_list(json.loads(metadata["item_ids"]), "item_ids"), values
     return _ids_beside(path), values
 
 
 def _ids_beside(path: Path) -> list[ItemId]:
-    ids = read_json(path.with_suffix(IDS_ENDING))
+    beside = path.with_suffix(IDS_ENDING)
+    return _as_list(read_json(beside), beside)
+
+
+def _as_list(ids: object, name: object) -> list[ItemId]:
     if not isinstance(ids, list):
-        raise ValueError(f"{path.with_suffix(IDS_ENDING)}: expected a list of ids, got {type(ids).__name__}")
+        raise ValueError(f"{name}: expected a list of ids, got {type(ids).__name__}")
     return ids
 
 
@@ -146,7 +163,7 @@ def _as_ids(array: np.ndarray) -> list[ItemId]:
 
 
 def align(text: TextTable, vocab: Vocabulary, name: object = "text") -> AlignedText:
-    """Bring a table into the order of `vocab`; items that it lacks get a zero row and are counted.
+    """Bring a table into the order of `vocab`; items that it lacks get a zero row, and all zero rows are counted.
 
     Raises:
         DataError: ids of another type than the vocabulary's, or no item in common.
@@ -161,7 +178,7 @@ def align(text: TextTable, vocab: Vocabulary, name: object = "text") -> AlignedT
         raise DataError(f"{name}: no item of the log is in the table, whose ids look like {text.items[:1]}")
     table = torch.zeros(len(vocab) + 1, text.embeddings.shape[1])
     table[1:][known] = text.embeddings[rows[known]]
-    return AlignedText(table, int((~known).sum()))
+    return AlignedText(table, int((table[1:] == 0).all(dim=1).sum()))
 
 
 def find_text_table(folder: PathLike) -> Path | None:

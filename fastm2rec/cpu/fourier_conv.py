@@ -1,0 +1,99 @@
+"""The convolution in the low frequencies behind a custom op: what the kernels in `fourier_kernels.py` need."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .last_scan import as_flat, scratch
+from .threads import run
+
+ROWS = 64  # of the batch: about a tenth of a millisecond
+
+
+def _response(conv_weight: Tensor, seqlen: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
+    """cos and sin of j theta_k, [frequencies, width], in the order of the taps; and the taps [width, E], w_0 first."""
+    width = conv_weight.shape[1]
+    k = torch.arange(columns // 2 + 1, device=conv_weight.device)
+    j = torch.arange(width - 1, -1, -1, device=conv_weight.device)
+    angle = (2 * math.pi / seqlen) * ((k[:, None] * j) % seqlen).to(conv_weight.dtype)
+    return angle.cos(), angle.sin(), conv_weight.t().flip(0)
+
+
+@torch.library.custom_op("fastm2rec::cpu_fourier_conv", mutates_args=(), device_types="cpu")
+def _forward_op(x: Tensor, conv_weight: Tensor, basis: Tensor) -> Tensor:
+    from . import fourier_kernels as kernels
+
+    dtype, (batch, _, dim), (dim_out, width) = x.dtype, x.shape, conv_weight.shape
+    columns = basis.shape[1]
+    cos, sin, taps = _response(conv_weight, basis.shape[0], columns)
+    out = torch.empty(batch, columns, dim_out, dtype=dtype)
+    arrays = [
+        as_flat(t, dtype) for t in (x, cos @ conv_weight.t(), sin @ conv_weight.t(), taps, basis[: width - 1], out)
+    ]
+
+    def rows(first: int, last: int) -> None:
+        kernels.forward(*arrays, scratch(width * 64, dtype), first, last, columns, width, dim)
+
+    run(rows, batch, ROWS)
+    return out
+
+
+@_forward_op.register_fake
+def _(x, conv_weight, basis):
+    return x.new_empty(x.shape[0], basis.shape[1], x.shape[2])
+
+
+@torch.library.custom_op("fastm2rec::cpu_fourier_conv_backward", mutates_args=(), device_types="cpu")
+def _backward_op(dout: Tensor, x: Tensor, conv_weight: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    from . import fourier_kernels as kernels
+
+    dtype, (batch, _, dim), width = x.dtype, x.shape, conv_weight.shape[1]
+    columns = basis.shape[1]
+    groups, frequencies = -(-batch // kernels.GROUP), columns // 2 + 1
+    cos, sin, taps = _response(conv_weight, basis.shape[0], columns)
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dH, dG = torch.empty(2, groups, frequencies, dim, dtype=dtype)
+    dtaps = torch.empty(groups, width, dim, dtype=dtype)
+    inputs = (x, dout, cos @ conv_weight.t(), sin @ conv_weight.t(), taps, basis[: width - 1])
+    arrays = [as_flat(t, dtype) for t in (*inputs, dx, dH, dG, dtaps)]
+
+    def rows(first: int, last: int) -> None:
+        kernels.backward(*arrays, scratch(width * 64, dtype), first, last, batch, columns, width, dim)
+
+    run(rows, groups, ROWS // kernels.GROUP)
+    dw = dH.sum(0).t() @ cos + dG.sum(0).t() @ sin + dtaps.sum(0).flip(0).t()
+    return dx, dw
+
+
+@_backward_op.register_fake
+def _(dout, x, conv_weight, basis):
+    return torch.empty_like(x, memory_format=torch.contiguous_format), torch.empty_like(conv_weight)
+
+
+def _save(ctx, inputs, output) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _backward(ctx, dout):
+    return *_backward_op(dout, *ctx.saved_tensors), None
+
+
+_forward_op.register_autograd(_backward, setup_context=_save)
+
+
+def convolved_bins(x: Tensor, conv_weight: Tensor, basis: Tensor) -> Tensor:
+    """V^T conv(u) [B, R, E] from x = (V^T u, u[L - width + 1 :]) [B, R + width - 1, E] and the Fourier basis V [L, R].
+
+    All of one dtype, float32 or float64; conv_weight [E, width]; E a multiple of 32 and L at least `width` - 1.
+    """
+    return _forward_op(x, conv_weight, basis)
+
+
+def with_ends(basis: Tensor, width: int) -> Tensor:
+    """V and the unit vectors of the last width - 1 positions: [L, R + width - 1]."""
+    ends = F.pad(torch.eye(width - 1, dtype=basis.dtype), (0, 0, basis.shape[0] - width + 1, 0))
+    return torch.cat([basis, ends], dim=1)

@@ -1,0 +1,52 @@
+"""From item ids to query vectors."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from ..impl import AUTO, resolve
+from ._checks import expect_lengths
+
+if TYPE_CHECKING:
+    from ..folded import Folded
+
+
+def encode_last(item_ids: Tensor, lengths: Tensor, folded: Folded, *, impl: str = AUTO) -> Tensor:
+    """Item ids to query vectors, for inference: a folded one-layer M2Rec, of which only the last position is computed.
+
+    Args:
+        item_ids: [B, L] integers, L at most `max_len`: items 1..n_items in the first `lengths[b]` slots of row b; what
+            stands behind them is not read.
+        lengths: [B] integers, 1 to L.
+        folded: the weights, from `fastm2rec.folded.fold`.
+        impl: which implementation.
+
+    Returns:
+        [B, D], dtype of the folded weights. It has no gradient.
+
+    Raises:
+        TypeError, ValueError: a tensor of the wrong dtype, device or shape, or values out of range (values are checked
+            on the CPU, outside compiled graphs).
+        RuntimeError: folded weights that require a gradient, under grad mode.
+        ImplementationError: `impl` cannot run here.
+    """
+    if item_ids.is_floating_point() or item_ids.is_complex() or item_ids.dtype == torch.bool:
+        raise TypeError(f"item_ids: expected integers, got {item_ids.dtype}")
+    if item_ids.dim() != 2 or not 1 <= item_ids.shape[1] <= folded.max_len:
+        raise ValueError(f"item_ids: expected shape [B, 1..{folded.max_len}], got {list(item_ids.shape)}")
+    if item_ids.device != folded.device:
+        raise ValueError(f"item_ids: expected device {folded.device}, that of the weights, got {item_ids.device}")
+    expect_lengths(lengths, item_ids.shape[0], item_ids.shape[1], item_ids)
+    if torch.is_grad_enabled() and folded.requires_grad:
+        raise RuntimeError("encode_last is for inference and has no gradient; train with M2Rec.encode")
+    if not (item_ids.is_cuda or torch.compiler.is_compiling()) and item_ids.numel():
+        low, high = torch.aminmax(item_ids)
+        if low < 1 or high > folded.n_items:  # what stands in the padding may be anything
+            real = torch.arange(item_ids.shape[1], device=item_ids.device) < lengths.unsqueeze(1)
+            low, high = torch.aminmax(item_ids[real])
+        if low < 1 or high > folded.n_items:
+            raise ValueError(f"item_ids: expected ids from 1 to {folded.n_items}, got {int(low)} to {int(high)}")
+    return resolve("encode_last", impl, item_ids.device)(item_ids.long(), lengths.long(), folded)
