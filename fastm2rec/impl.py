@@ -25,7 +25,7 @@ class ImplementationError(RuntimeError):
 def _reference() -> dict[str, Callable[..., Any]]:
     # Imports in a function are late, and unlike importlib's they can be traced by torch.compile.
     from .reference.causal_conv1d import causal_conv1d
-    from .reference.embed_norm import embed_norm
+    from .reference.dropout_norm import dropout_norm
     from .reference.encode_last import encode_last
     from .reference.gated_fusion import gated_fusion
     from .reference.last_scan import last_scan
@@ -35,7 +35,7 @@ def _reference() -> dict[str, Callable[..., Any]]:
 
     return {
         "causal_conv1d": causal_conv1d,
-        "embed_norm": embed_norm,
+        "dropout_norm": dropout_norm,
         "encode_last": encode_last,
         "gated_fusion": gated_fusion,
         "last_scan": last_scan,
@@ -47,14 +47,14 @@ def _reference() -> dict[str, Callable[..., Any]]:
 
 
 def _cpu() -> dict[str, Callable[..., Any]]:
-    from .cpu.embed import embed_norm
+    from .cpu.dropout_norm import dropout_norm
     from .cpu.encode_last import encode_last
     from .cpu.last_scan import last_scan
     from .cpu.spectral_projection import spectral_projection
 
     return {
         **_reference(),
-        "embed_norm": embed_norm,
+        "dropout_norm": dropout_norm,
         "encode_last": encode_last,
         "last_scan": last_scan,
         "spectral_projection": spectral_projection,
@@ -69,12 +69,12 @@ def _triton() -> dict[str, Callable[..., Any]]:
     from .kernels.selective_scan import selective_scan
     from .kernels.spectral_fft import spectral_projection_fft
     from .kernels.spectral_projection import spectral_projection
-    from .reference.embed_norm import embed_norm
+    from .reference.dropout_norm import dropout_norm
     from .reference.last_scan import last_scan
 
     return {
         "causal_conv1d": causal_conv1d,
-        "embed_norm": embed_norm,
+        "dropout_norm": dropout_norm,
         "encode_last": encode_last,
         "gated_fusion": gated_fusion,
         "last_scan": partial(last_scan, scan=last_state),
@@ -145,7 +145,7 @@ class _Implementation:
 
 _OPS = frozenset(
     {
-        "causal_conv1d", "embed_norm", "encode_last", "gated_fusion", "last_scan", "last_state", "selective_scan",
+        "causal_conv1d", "dropout_norm", "encode_last", "gated_fusion", "last_scan", "last_state", "selective_scan",
         "spectral_projection", "spectral_projection_fft",
     }
 )  # fmt: skip

@@ -321,8 +321,8 @@ class M2Rec(SequentialRecommender):
         if config.filter_placement != "none" and config.spectrum == "padded":
             item_ids = F.pad(item_ids, (0, config.max_len - item_ids.shape[1]))
         norm, dropout = self.input_norm, self.dropout.p if self.training else 0.0
-        table = self.item_embedding.weight
-        return ops.embed_norm(table, item_ids, lengths, norm.weight, norm.bias, norm.eps, dropout, impl=self.impl)
+        e = self.item_embedding(item_ids)
+        return ops.dropout_norm(e, lengths, norm.weight, norm.bias, norm.eps, dropout, impl=self.impl)
 
 
 def initialise(module: nn.Module, config: M2RecConfig) -> None:

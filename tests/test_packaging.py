@@ -90,9 +90,9 @@ def test_version_is_the_changelogs(root: Path) -> None:
 
 def test_dev_extra_brings_what_the_commands_need(root: Path) -> None:
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
-    assert project["optional-dependencies"]["dev"] == ["fastm2rec[triton,cpu,train,bench,tests]"]
-    for heavy in ("mamba-ssm", "causal-conv1d", "cupy", "sentence-transformers"):
-        for extra in ("triton", "train", "bench", "tests"):
+    assert project["optional-dependencies"]["dev"] == ["fastm2rec[triton,cpu,train,text,ann,serve,onnx,bench,tests]"]
+    for heavy in ("mamba-ssm", "causal-conv1d", "cupy"):  # what needs nvcc, or a GPU
+        for extra in ("triton", "cpu", "train", "text", "ann", "serve", "onnx", "bench", "tests"):
             assert not any(line.startswith(heavy) for line in project["optional-dependencies"][extra])
 
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from ..kernels._nodes import fit_nodes
 from ._causal_conv1d import causal_conv1d
-from ._embed_norm import embed_norm
+from ._dropout_norm import dropout_norm
 from ._encode_last import encode_last
 from ._gated_fusion import gated_fusion
 from ._last_scan import last_scan
@@ -25,7 +25,7 @@ from ._spectral_projection import FFT_COLUMNS, spectral_projection, spectral_pro
 __all__ = [
     "FFT_COLUMNS",
     "causal_conv1d",
-    "embed_norm",
+    "dropout_norm",
     "encode_last",
     "fit_nodes",
     "gated_fusion",

@@ -1,4 +1,4 @@
-"""`embed_norm` behind a custom op: what the kernels in `embed_kernels.py` need around them."""
+"""`dropout_norm` behind a custom op: what the kernels in `dropout_norm_kernels.py` need around them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.embed_norm import embed_norm as reference
+from ..reference.dropout_norm import dropout_norm as reference
 from .last_scan import as_flat, scratch
 from .threads import run
 
@@ -20,9 +20,9 @@ def _dropout(p: float, key: int, eps: float, dtype: torch.dtype) -> tuple[Any, .
     return key, round(p * 2**32), scale, small
 
 
-@torch.library.custom_op("fastm2rec::cpu_embed_norm", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("fastm2rec::cpu_dropout_norm", mutates_args=(), device_types="cpu")
 def _forward_op(e: Tensor, lengths: Tensor, weight: Tensor, bias: Tensor, eps: float, p: float, key: int) -> Tensor:
-    from . import embed_kernels as kernels
+    from . import dropout_norm_kernels as kernels
 
     (batch, seqlen, dim), dtype = e.shape, e.dtype
     x = torch.empty(batch, seqlen, dim, dtype=dtype)
@@ -41,11 +41,11 @@ def _(e, lengths, weight, bias, eps, p, key):
     return torch.empty_like(e, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("fastm2rec::cpu_embed_norm_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("fastm2rec::cpu_dropout_norm_backward", mutates_args=(), device_types="cpu")
 def _backward_op(
     dx: Tensor, e: Tensor, lengths: Tensor, weight: Tensor, eps: float, p: float, key: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from . import embed_kernels as kernels
+    from . import dropout_norm_kernels as kernels
 
     (batch, seqlen, dim), dtype = e.shape, e.dtype
     groups = -(-batch // kernels.GROUP)
@@ -81,16 +81,13 @@ def _backward(ctx, dx):
 _forward_op.register_autograd(_backward, setup_context=_save)
 
 
-def embed_norm(
-    table: Tensor, item_ids: Tensor, lengths: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout: float
-) -> Tensor:
-    """As `fastm2rec.reference.embed_norm.embed_norm`; the dropout is drawn by a key from torch's generator.
+def dropout_norm(e: Tensor, lengths: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout: float) -> Tensor:
+    """As `fastm2rec.reference.dropout_norm.dropout_norm`; the dropout is drawn by a key from torch's generator.
 
     Where the kernel cannot run (C no multiple of 32, half precision, a compiled graph), it is the reference.
     """
-    single = table.dtype == weight.dtype and table.dtype in (torch.float32, torch.float64)
-    if torch.compiler.is_compiling() or table.shape[1] % 32 or not single:
-        return reference(table, item_ids, lengths, weight, bias, eps, dropout)
+    single = e.dtype == weight.dtype and e.dtype in (torch.float32, torch.float64)
+    if torch.compiler.is_compiling() or e.shape[2] % 32 or not single:
+        return reference(e, lengths, weight, bias, eps, dropout)
     key = int(torch.randint(2**62, ())) if dropout else 0
-    rows = torch.nn.functional.embedding(item_ids, table)
-    return _forward_op(rows, lengths, weight, bias, eps, dropout, key)
+    return _forward_op(e, lengths, weight, bias, eps, dropout, key)
