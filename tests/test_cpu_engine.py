@@ -109,6 +109,30 @@ def test_error_of_a_model_as_it_starts(seqlen: int) -> None:
         assert (a.double() - b).norm() <= 1e-6 * b.norm(), name
 
 
+@pytest.mark.usefixtures("nan_filled")
+def test_states_that_have_forgotten() -> None:
+    """Steps so large that most states, tiles and positions drop out; the last channels forget at once."""
+    inputs = _inputs([200, 3, 64, 120], dim=128, dstate=16, dt_rank=4)
+    inputs[3] = torch.linspace(-7, 6, 128)
+    inputs[4] = -torch.arange(1.0, 17) * torch.exp(0.1 * torch.randn(128, 16))
+    dy = torch.randn(4, 128)
+    got, plain, exact = (
+        gradients(f, values, dy)
+        for f, values in ((last_scan, inputs), (reference, inputs), (reference, cast(inputs, torch.float64)))
+    )
+    for name, *values in zip(NAMES, got, plain, exact, strict=True):
+        _check(name, values)
+    double = gradients(last_scan, cast(inputs, torch.float64), dy)
+    for name, a, b in zip(NAMES, double, exact, strict=True):
+        assert (a - b).abs().max() <= 1e-13 * b.abs().max(), name
+    # Where every channel forgets fast, nothing is left of a row's start; it is not read, and may be anything.
+    inputs[3] = torch.full((128,), 5.0)
+    before = gradients(last_scan, inputs, dy)
+    inputs[0][:, :-100] = torch.nan
+    for name, a, b in zip(NAMES, gradients(last_scan, inputs, dy), before, strict=True):
+        assert torch.equal(a[:1], b[:1]) if name in ("y", "dp", "dz") else True, name
+
+
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("optional", [True, False])
 def test_gradcheck(stride: int, optional: bool) -> None:

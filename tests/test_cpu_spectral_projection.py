@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastm2rec.basis import row_basis
 from fastm2rec.cpu import spectral_projection as module
+from fastm2rec.cpu.fourier_conv import _backward_op, _forward_op
 from fastm2rec.cpu.spectral_projection import spectral_projection
 from fastm2rec.reference.spectral_projection import spectral_projection as reference
 from tests._bounds import SLACK, assert_as_good, cast, gradients
@@ -55,6 +57,66 @@ def test_values_and_gradients(
         assert_as_good(a, b, c, slack=2 * SLACK, name=f"result {place}")
     for a, b in zip(double, exact, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.usefixtures("nan_filled")
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize(
+    ("seqlen", "columns", "width"),
+    [(50, 11, 4), (50, 50, 4), (51, 51, 3), (7, 3, 4), (3, 3, 4), (2, 1, 2), (201, 41, 4)],
+)
+def test_convolution_in_the_frequency_domain(
+    seqlen: int, columns: int, width: int, mask: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Fourier basis over all slots; 64 channels, as the kernel takes whole tiles."""
+    B, C, E = 9, 5, 64
+
+    def r(*shape: int) -> Tensor:
+        return torch.randn(*shape, dtype=torch.float64)
+
+    basis = row_basis(torch.tensor([seqlen]), seqlen, columns, "fourier", torch.float64)[0]
+    masks = {"none": None, "R": r(columns), "BR": r(B, columns), "RC": r(columns, E)}
+    inputs: list[Any] = [r(B, seqlen, C), basis, masks[mask], r(E, C), r(E), r(E, width), r(E)]
+    dy = torch.randn(B, seqlen, E)
+    options = {"conv_first": True, "activation": "silu"}
+    exact = gradients(lambda *args: _call(reference, list(args), **options), inputs, dy.double())
+    single = cast(inputs, torch.float32)
+    plain = gradients(lambda *args: _call(reference, list(args), **options), single, dy)
+    monkeypatch.setattr(module, "reference", None)
+    monkeypatch.setattr(module, "_filter_last", None)
+    # The basis is data: it gets no gradient, and none is asked for.
+    got, double = (_gradients_but_for_the_basis(values, dy.to(values[0].dtype), options) for values in (single, inputs))
+    del exact[2], plain[2]
+    for place, (a, b, c) in enumerate(zip(got, plain, exact, strict=True)):
+        assert_as_good(a, b, c, slack=2 * SLACK, name=f"result {place}")
+    for a, b in zip(double, exact, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def _gradients_but_for_the_basis(inputs: list[Any], dy: Tensor, options: dict[str, Any]) -> list[Tensor]:
+    basis = inputs[1]
+    others = [value for place, value in enumerate(inputs) if place != 1]
+    return gradients(
+        lambda *args: _call(spectral_projection, [args[0], basis, *args[1:]], **options), others, dy
+    )  # fmt: skip
+
+
+def test_a_basis_is_recognised_by_its_values() -> None:
+    basis = row_basis(torch.tensor([20]), 20, 5, "fourier")[0]
+    x, taps = torch.zeros(1, 20, 4), torch.zeros(32, 4)
+    assert module._is_fourier(x, basis, taps)
+    basis[3, 2] += 1e-3
+    assert not module._is_fourier(x, basis, taps), "changed in place"
+    assert not module._is_fourier(x, row_basis(torch.tensor([20]), 20, 5, "dct")[0], taps)
+    assert not module._is_fourier(x, row_basis(torch.tensor([19]), 20, 5, "fourier")[0], taps), "a row's own length"
+    assert not module._is_fourier(x, row_basis(torch.tensor([20]), 20, 5, "fourier")[0], torch.zeros(31, 4))
+
+
+def test_custom_ops_of_the_frequency_domain() -> None:
+    basis = row_basis(torch.tensor([9]), 9, 5, "fourier")[0]
+    x, taps = torch.randn(2, 8, 32, requires_grad=True), torch.randn(32, 4, requires_grad=True)
+    torch.library.opcheck(_forward_op, (x, taps, basis))
+    torch.library.opcheck(_backward_op, (torch.randn(2, 5, 32), x.detach(), taps.detach(), basis))
 
 
 @pytest.mark.parametrize("absent", [4, 6])
