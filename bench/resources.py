@@ -155,13 +155,13 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join(_results.aligned(lines, left={0, 1, 2, len(header) - 1}))
 
 
-def document(rows: Sequence[Row]) -> dict[str, Any]:
+def document(rows: Sequence[Row], origin: dict[str, Any]) -> dict[str, Any]:
     """The rows with everything that is needed to know what they mean."""
     from triton.backends.nvidia.compiler import get_ptxas
 
     ptxas = {str(arch): get_ptxas(arch).version for arch in sorted({row.arch for row in rows})}
     where = {"device": None, "device_type": "compiled ahead of time", "ptxas": ptxas}
-    return {"schema": _results.SCHEMA, **where, **_results.origin(), "rows": [row.record() for row in rows]}
+    return {"schema": _results.SCHEMA, **where, **origin, "rows": [row.record() for row in rows]}
 
 
 def main(arguments: Sequence[str] | None = None, launches: Sequence[Launch] | None = None) -> int:
@@ -180,6 +180,7 @@ def main(arguments: Sequence[str] | None = None, launches: Sequence[Launch] | No
         if options.jobs > 1 and launches is None
         else (compiled(launch, arch) for launch, arch in work)
     )
+    origin = _results.origin()  # now, with the kernels that were imported
     rows: list[Row] = []
     for (launch, arch), reports in zip(work, results, strict=True):
         rows += gated(launch, arch, reports)
@@ -187,7 +188,7 @@ def main(arguments: Sequence[str] | None = None, launches: Sequence[Launch] | No
     print(table(rows))
     failed = sum(bool(row.failed) for row in rows)
     print(f"{len(rows)} rows, {failed} failed")
-    record = document(rows)
+    record = document(rows, origin)
     if options.json:
         _results.write_json(Path(options.json), record)
     if options.record:

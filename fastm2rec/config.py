@@ -42,6 +42,12 @@ def _expect_word(config: object, name: str, words: object) -> None:
     _expect(value in get_args(words), name, f"one of {', '.join(get_args(words))}", value)
 
 
+def _expect_type(config: object, *names: str, kind: type) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _expect(isinstance(value, kind), name, f"a {kind.__name__}", value)
+
+
 def _expect_dropout(value: object) -> None:
     _expect(_is_number(value) and 0 <= value < 1, "dropout", "a number in [0, 1)", value)  # type: ignore[operator]
 
@@ -136,6 +142,7 @@ class M2RecConfig(_Config):
         _expect_int(self, "n_layers", "ffn_mult", "stride", least=1)
         if self.dt_rank is not None:
             _expect_int(self, "dt_rank", least=1)
+        _expect_type(self, "scan_norm", "gate_residual", kind=bool)
         _expect_dropout(self.dropout)
         _expect(_is_number(self.theta) and 0 <= self.theta <= 0.5, "theta", "cycles per sample in [0, 0.5]", self.theta)
         _expect(_is_number(self.tau) and 0 < self.tau < math.inf, "tau", "a positive number", self.tau)
@@ -248,3 +255,34 @@ class BERT4RecConfig(SASRecConfig):
         super().__post_init__()
         share = _is_number(self.mask_prob) and 0 < self.mask_prob <= 1
         _expect(share, "mask_prob", "a number in (0, 1]", self.mask_prob)
+
+
+@dataclass(frozen=True)
+class GRU4RecConfig(_Config):
+    """GRU4Rec (arXiv 1511.06939): a GRU, softmax over all items.
+
+    Args:
+        n_items: catalogue size.
+        max_len: L, the number of most recent items that are read.
+        d_model: width of the embeddings.
+        gru_width: width of the GRU's state.
+        n_layers: GRU layers.
+        dropout: probability, on the embeddings.
+
+    Raises:
+        ValueError: a field out of range.
+    """
+
+    model_type: ClassVar[str] = "gru4rec"
+
+    n_items: int = 0
+    max_len: int = 200
+    d_model: int = 64
+    gru_width: int = 128
+    n_layers: int = 1
+    dropout: float = 0.2
+
+    def __post_init__(self) -> None:
+        _expect_int(self, "n_items", least=0)
+        _expect_int(self, "max_len", "d_model", "gru_width", "n_layers", least=1)
+        _expect_dropout(self.dropout)

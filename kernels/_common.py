@@ -1,18 +1,18 @@
-"""What the kernels share: nonlinearities that keep small values, the precision of dots, and where kernels can run.
+"""What the kernels share: nonlinearities that keep small values, what is computed in, and where kernels can run.
 
-Arithmetic is float32, or float64 where an input is (Triton's interpreter only, for gradient checks); values are cast
-at `tl.dot` operands and at stores. Exponentials are powers of two: exp(x) = exp2(x log2 e), one special-function
-instruction each.
+Exponentials are powers of two: exp(x) = exp2(x log2 e), one special-function instruction each.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
+LN2, SQRT2 = tl.constexpr(0.6931471805599453), tl.constexpr(1.4142135623730951)
 
 
 @triton.jit
@@ -64,6 +64,12 @@ def softplus(x):
     return tl.maximum(x, 0.0) + _log1p(exp(-tl.abs(x)))
 
 
+@triton.jit
+def tf32_part(x):
+    """float32 with the bits that TF32 drops set to zero; what is left of x fits in a second TF32 number."""
+    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+
+
 def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
     """float64 if any tensor is, else float32: nothing is ever accumulated in half precision."""
     doubles = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
@@ -83,6 +89,28 @@ def triton_dtype(dtype: torch.dtype) -> tl.dtype:
 def dot_precision(dtype: torch.dtype) -> str:
     """`input_precision` of dots whose operands are `dtype`: three TF32 products make up a float32 one."""
     return {torch.float32: "tf32x3", torch.float64: "ieee"}.get(dtype, "tf32")
+
+
+@dataclass(frozen=True)
+class Arithmetic:
+    """What a call computes in: `acc` for sums and all else, `dot` for the operands of dots.
+
+    That is float32, or float64 where an input is (in Triton's interpreter only, for gradient checks); values are cast
+    at `tl.dot` operands and at stores.
+    """
+
+    acc: torch.dtype
+    dot: torch.dtype
+
+    @staticmethod
+    def of(x: torch.Tensor, *others: torch.Tensor | None) -> Arithmetic:
+        acc = compute_dtype(x, *others)
+        half = x.dtype.itemsize == 2 and acc == torch.float32
+        return Arithmetic(acc, x.dtype if half else acc)
+
+    @property
+    def constexprs(self) -> dict[str, object]:
+        return {"ACC": triton_dtype(self.acc), "DOT": triton_dtype(self.dot), "PRECISION": dot_precision(self.dot)}
 
 
 @triton.jit

@@ -20,10 +20,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._common import LOG2E, silu, softplus
+from ._common import LOG2E, SQRT2, silu, softplus, tf32_part
 from ._encode_last_rows import filter_columns, gathered, load_row, spectrum_of, synthesised
-
-SQRT2 = tl.constexpr(1.4142135623730951)
 
 
 @triton.jit
@@ -32,8 +30,7 @@ def _ones_dot(ones, steps):
     if steps.dtype == tl.float64:
         return tl.dot(ones.to(tl.float64), steps, out_dtype=tl.float64)
     else:
-        # The bits that TF32 keeps, and the rest.
-        leading = (steps.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        leading = tf32_part(steps)
         rest = tl.dot(ones, steps - leading, input_precision="tf32")
         return tl.dot(ones, leading, rest, input_precision="tf32")
 

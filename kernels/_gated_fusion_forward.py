@@ -4,7 +4,8 @@ One program makes BLOCK_B whole rows of the result, so that LayerNorm needs no s
 of the Linear in chunks of BLOCK_K channels: a chunk of the mix is made in registers, multiplied by its columns of W and
 dropped. For the context gate the chunk's two gates are products of their own, over all of cat(text, h). What the
 backward pass needs and cannot make again without a product is stored on request: the context gates, and for LayerNorm
-the normalised rows with their scale.
+the normalised rows with their scale. An id outside the text table counts as its nearest row: no program reads outside
+of a tensor.
 """
 
 from __future__ import annotations
@@ -16,8 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import sigmoid
-from ._spectral_transforms import Arithmetic
+from ._common import Arithmetic, sigmoid
 
 
 class Blocks(NamedTuple):

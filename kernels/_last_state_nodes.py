@@ -18,24 +18,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._common import LOG2E, softplus
+from ._common import LOG2E, SQRT2, softplus, tf32_part
 from ._last_state_output import write_output
 from ._last_state_steps import load_length
 
 BLOCK_T = 16
-SQRT2 = tl.constexpr(1.4142135623730951)
-
-
-@triton.jit
-def _leading(x):
-    """float32 with the bits that TF32 drops set to zero."""
-    return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def _ones_dot(ones, steps, start):
     """start + ones @ steps, for a matrix of zeros and ones."""
-    leading = _leading(steps)
+    leading = tf32_part(steps)
     return tl.dot(
         ones, steps - leading, tl.dot(ones, leading, start, input_precision="tf32"), input_precision="tf32"
     )  # fmt: skip

@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import silu
-from ._spectral_transforms import Arithmetic, add_biases, analyse, basis_tile, block, strides, tap_count, tap_tile
+from ._common import Arithmetic, silu
+from ._spectral_transforms import add_biases, analyse, basis_tile, block, strides, tap_count, tap_tile
 
 # What stays in registers bounds the tile of columns, taps and all. float32 dots are three TF32 ones with operands of
 # their own, and hold a quarter. Reported spill-free for sm_80, sm_90 and sm_100 at 4 taps; not yet timed on a device.

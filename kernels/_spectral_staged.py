@@ -17,8 +17,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ._common import Arithmetic
 from ._spectral_fused import Operands, fits, launch_fused
-from ._spectral_transforms import Arithmetic, launch_analyse, launch_combine, launch_synthesise
+from ._spectral_transforms import launch_analyse, launch_combine, launch_synthesise
 
 
 def launch_forward(x: Tensor, op: Operands, *, save: bool) -> tuple[Tensor, Tensor]:

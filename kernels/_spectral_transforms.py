@@ -8,19 +8,19 @@ delays stand side by side as columns q = (s, r) of one wide basis tile, so all t
 other's gradient with the sign turned. A program makes one tile of the output of one row and loops over the axis that
 is summed; accumulators stay in registers.
 
-Half precision enters the dots as it is and is summed in float32.
+Half precision enters the dots as it is and is summed in float32. Offsets into one row's basis are 32-bit, those into
+anything with a batch 64-bit. The launchers behind the kernels choose the tiles, from the sizes of a row alone: the same
+row has the same bits in any batch.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import compute_dtype, dot_precision, silu, silu_grad, triton_dtype
+from ._common import Arithmetic, silu, silu_grad
 
 # Reported spill-free for sm_80, sm_90 and sm_100 with 4 taps, in float32 too; not yet timed on a device.
 _NUM_WARPS = 8
@@ -184,24 +184,6 @@ def synthesise_kernel(
         y = silu(y)
     y_place = (pid_b * seqlen + offs_t)[:, None] * channels + offs_o[None, :]
     tl.store(y_ptr + y_place, y.to(y_ptr.dtype.element_ty), mask=inside)
-
-
-@dataclass(frozen=True)
-class Arithmetic:
-    """What a call computes in: `acc` for sums, `dot` for the operands of dots."""
-
-    acc: torch.dtype
-    dot: torch.dtype
-
-    @staticmethod
-    def of(x: Tensor, *others: Tensor | None) -> Arithmetic:
-        acc = compute_dtype(x, *others)
-        half = x.dtype.itemsize == 2 and acc == torch.float32
-        return Arithmetic(acc, x.dtype if half else acc)
-
-    @property
-    def constexprs(self) -> dict[str, object]:
-        return {"ACC": triton_dtype(self.acc), "DOT": triton_dtype(self.dot), "PRECISION": dot_precision(self.dot)}
 
 
 def block(size: int, largest: int) -> int:

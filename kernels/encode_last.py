@@ -16,7 +16,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ._common import dot_precision, target_arch, triton_dtype
+from ._common import Arithmetic, target_arch, triton_dtype
 from ._encode_last_head import encode_last_head_kernel
 from ._encode_last_rows import columns_kernel, filtered_gate_kernel, rows_kernel
 from ._encode_last_scan import encode_last_scan_kernel
@@ -42,11 +42,6 @@ COEFFICIENT_BYTES = 128 * 1024  # of shared memory, for the coefficients of all 
 BLOCK_T = 16
 
 
-def _types(dtype: torch.dtype) -> dict[str, Any]:
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
-    return {"ACC": triton_dtype(acc), "DOT": triton_dtype(dtype), "PRECISION": dot_precision(dtype)}
-
-
 def _block(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
@@ -58,16 +53,16 @@ def launch_rows(
     spectra, _, columns = w["basis"].shape
     (batch, seqlen), channels = item_ids.shape, w["u_table"].shape[1]
     dtype = w["u_table"].dtype
-    types = _types(dtype)
+    arithmetic = Arithmetic.of(w["u_table"]).constexprs
     shared = {
         "PER_LENGTH": spectra > 1, "INNER": placement == "inner", "TAPS": len(w["taps"]), "BLOCK_R": MAX_COLUMNS,
-        "ACC": types["ACC"], "PRECISION": types["PRECISION"],
+        "ACC": arithmetic["ACC"], "PRECISION": arithmetic["PRECISION"],
     }  # fmt: skip
     p = torch.empty(batch, columns, channels, dtype=dtype, device=item_ids.device)
     block_e = min(_block(channels), 128)
     columns_kernel[(batch, columns // MAX_COLUMNS, triton.cdiv(channels, block_e))](
         item_ids, lengths, w["u_table"], w["taps"], w["conv_bias"], w["basis"], w["gain"], w["offset"], p,
-        max_len, columns, channels, *item_ids.stride(), **shared, DOT=types["DOT"],
+        max_len, columns, channels, *item_ids.stride(), **shared, DOT=arithmetic["DOT"],
         BLOCK_T=32, BLOCK_E=block_e, num_warps=8,
     )  # fmt: skip
     kept_slots = triton.cdiv(seqlen, stride)
@@ -103,7 +98,8 @@ def launch_scan(
         *item_ids.stride(), SOURCE=placement if u is None else "given", PER_LENGTH=spectra > 1, TAPS=len(w["taps"]),
         SPLITS=splits, NODES=nodes, BLOCK_T=BLOCK_T,
         BLOCK_R=block_r, BLOCK_E=_block(channels), BLOCK_N=_block(dstate),
-        BLOCK_RANK=_block(rank), **_types(dtype), **_scan_options(dtype, nodes, placement, block_r, dstate, channels),
+        BLOCK_RANK=_block(rank), **Arithmetic.of(w["u_table"]).constexprs,
+        **_scan_options(dtype, nodes, placement, block_r, dstate, channels),
     )  # fmt: skip
     return parts
 
@@ -116,9 +112,9 @@ def _scan_options(
     options: dict[str, Any] = {"num_stages": 1, "BLOCK_L": 32 if roomy else 16}
     # A node's coefficients take a warp's registers by the number of states.
     options["num_warps"] = 4 if nodes and dstate <= 16 else 8
-    # Two programs on a multiprocessor; on 10.0 the few states' loop would spill 8 bytes for it.
-    if half and not nodes and channels <= 128 and not (dstate <= 16 and (target_arch() or 0) >= 100):
-        options["maxnreg"] = 128
+    # Two programs on a multiprocessor; on 10.0 more than 16 states would spill for it, up to 68 bytes.
+    if half and not nodes and channels <= 128:
+        options["maxnreg"] = 255 if (target_arch() or 0) >= 100 else 128
     return options
 
 
@@ -150,7 +146,8 @@ def launch_head(
         query, batch, eps, dim, channels, hidden, *item_ids.stride(),
         SPLITS=len(parts), HAS_Z=z is not None, SCAN_NORM=w["scan_norm_weight"] is not None, GATE=gate,
         RESIDUAL=residual, BLOCK_B=block_b, BLOCK_D=_block(dim), BLOCK_E=_block(channels),
-        BLOCK_H=min(_block(hidden), block_h), **_types(dtype), num_warps=4 if dim <= 64 else 8, num_stages=1,
+        BLOCK_H=min(_block(hidden), block_h), **Arithmetic.of(w["u_table"]).constexprs,
+        num_warps=4 if dim <= 64 else 8, num_stages=1,
     )  # fmt: skip
     return query
 

@@ -18,9 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ._common import Arithmetic
 from ._spectral_fused import MAX_COLUMNS, Operands
 from ._spectral_staged import launch_backward, launch_forward
-from ._spectral_transforms import Arithmetic
 from .causal_conv1d import causal_conv1d
 
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import pytest
 
 from fastm2rec import BERT4RecConfig, M2RecConfig, SASRecConfig
-from fastm2rec.config import PRESETS
+from fastm2rec.config import PRESETS, GRU4RecConfig
 
 
 def test_defaults_are_the_published_sizes() -> None:
@@ -49,6 +50,10 @@ def test_round_trip_through_json(config: M2RecConfig | SASRecConfig) -> None:
         ("filter_placement", "outer", "inner, input, none"),
         ("gate", "Scalar", "scalar, vector, context, linear, none"),
         ("dt_rank", 0, "at least 1"),
+        ("dt_rank", 4.0, "an integer"),
+        ("theta", True, "cycles per sample"),
+        ("scan_norm", "no", "a bool"),
+        ("gate_residual", 0, "a bool"),
     ],
 )
 def test_a_bad_field_is_named(field: str, value: object, expected: str) -> None:
@@ -69,8 +74,21 @@ def test_unknown_fields_and_presets_are_named() -> None:
         M2RecConfig.preset("ml-1m")
     with pytest.raises(ValueError, match=r"d_model: expected a multiple of n_heads \(3\), got 64"):
         SASRecConfig(n_heads=3)
-    with pytest.raises(ValueError, match="mask_prob"):
-        BERT4RecConfig(mask_prob=0)
+
+
+@pytest.mark.parametrize("kind", [SASRecConfig, BERT4RecConfig, GRU4RecConfig])
+@pytest.mark.parametrize("value", [True, 2.0, "2"])
+def test_sizes_are_integers(kind: type[SASRecConfig], value: object) -> None:
+    for field in dataclasses.fields(kind):
+        if field.type == "int":
+            with pytest.raises(ValueError, match=f"^{field.name}: expected an integer of at least .*, got {value!r}$"):
+                kind(**{field.name: value})  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [0, 1.1, True, "0.2"])
+def test_mask_prob_is_a_share(value: object) -> None:
+    with pytest.raises(ValueError, match=f"^mask_prob: expected a number in .*, got {value!r}$"):
+        BERT4RecConfig(mask_prob=value)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

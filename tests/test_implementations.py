@@ -139,7 +139,7 @@ def test_an_implementation_that_cannot_run_is_refused_by_the_model(monkeypatch: 
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     model = _model({"gate": "none"}, torch.device("cpu"))
     model.impl = "triton"
-    with pytest.raises(ImplementationError, match="impl='triton' was asked for last_scan on cpu"):
+    with pytest.raises(ImplementationError, match="impl='triton' was asked for .* on cpu"):
         model.encode(*_batch(torch.device("cpu")))
 
 

@@ -222,11 +222,16 @@ def test_a_record_is_named_after_the_compiler(
 ) -> None:
     monkeypatch.setattr(resources, "unavailable", lambda: None)
     monkeypatch.setattr(_results, "ROOT", tmp_path)
+    kernel = tmp_path / "kernels" / "op.py"
+    kernel.parent.mkdir()
+    kernel.write_text("pass\n")
     assert resources.main(["--record"], launches=[]) == 0
     (path,) = (tmp_path / "bench" / "results" / "resources").iterdir()
     document = json.loads(path.read_text())
     assert path.name == f"triton-{document['triton']}.json"
     assert {"schema", "triton", "ptxas", "torch", "commit", "kernels_tree", "created", "rows"} <= set(document)
+    # Of `git init; git add kernels; git write-tree --prefix=kernels/`, though nothing here is committed.
+    assert document["kernels_tree"] == "d3f826f02236"
     assert f"rows: {path}" in capsys.readouterr().out
 
 

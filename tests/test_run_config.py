@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import typing
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastm2rec import M2RecConfig, SASRecConfig
+from fastm2rec.cli.train import _parse_run
 from fastm2rec.training import DataConfig, RunConfig, TrainConfig
 from fastm2rec.training.config import CHANGEABLE, MODELS, PREFIX_BATCH, SEQUENCE_BATCH
 
@@ -116,7 +118,7 @@ def test_the_batch_is_of_prefixes_or_of_whole_sequences() -> None:
         ({"model": "sasrec", "d_state": 4}, "^d_state: no option of a run with model=sasrec$"),
         ({"model": "sasrec", "mask_prob": 0.1}, "^mask_prob: no option of a run with model=sasrec$"),
         ({"n_items": 5}, "^n_items: no option"),
-        ({"model": "gru4rec"}, "^model: expected one of m2rec, mamba4rec, sasrec, bert4rec, got 'gru4rec'$"),
+        ({"model": "gpt4rec"}, "^model: expected one of m2rec, mamba4rec, sasrec, bert4rec, gru4rec, got 'gpt4rec'$"),
         ({"model": ["m2rec"]}, "^model: expected one of .*, got "),
         ({"epochs": 0}, "^epochs: expected an integer of at least 1, got 0$"),
         ({"epochs": 1.5}, "^epochs: expected an integer of at least 1, got 1.5$"),
@@ -156,6 +158,19 @@ def test_wrong_yaml_is_named() -> None:
         yaml.safe_load("!!python/object/apply:os.getcwd []")
     with pytest.raises(ValueError, match="not valid YAML: could not determine a constructor"):
         RunConfig.from_yaml("lr: !!python/object/apply:os.getcwd []")
+
+
+def test_a_config_files_numbers_need_no_point(tmp_path: Path) -> None:
+    text = "lr: 1e-3\nweight_decay: 5E-1\nclip: 1.e1\ntau: .2e-1\ntheta: +2e-1\ndataset: '1e3'\n"
+    options = {"lr": 0.001, "weight_decay": 0.5, "clip": 10.0, "tau": 0.02, "theta": 0.2, "dataset": "1e3"}
+    expected = RunConfig.from_dict(options)
+    path = tmp_path / "run.yaml"
+    for written in (text, expected.to_yaml()):
+        path.write_text(written)
+        assert RunConfig.from_yaml(written) == _parse_run(["--config", str(path)])[0] == expected
+    for wrong in ("1e-3x", "e3", "1e", "0x1p3"):
+        with pytest.raises(ValueError, match=f"^lr: expected a positive number, got '{wrong}'$"):
+            RunConfig.from_yaml(f"lr: {wrong}")
 
 
 def test_differences_are_those_that_change_a_result() -> None:

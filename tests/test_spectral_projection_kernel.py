@@ -16,8 +16,8 @@ from fastm2rec.reference import spectral_projection as reference
 from tests._bounds import assert_as_good, cast, gradients
 
 pytest.importorskip("triton")
+from fastm2rec.kernels._common import Arithmetic
 from fastm2rec.kernels._spectral_fused import fits
-from fastm2rec.kernels._spectral_transforms import Arithmetic
 from fastm2rec.kernels.spectral_fft import spectral_projection_fft
 from fastm2rec.kernels.spectral_projection import (
     _backward_op,

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from bench.launches._launch import Launch
 from fastm2rec.basis import n_columns
+from fastm2rec.kernels._common import Arithmetic
 from fastm2rec.kernels._spectral_fused import fits
-from fastm2rec.kernels._spectral_transforms import Arithmetic
 from fastm2rec.kernels.spectral_fft import spectral_projection_fft
 from fastm2rec.kernels.spectral_projection import spectral_projection
 

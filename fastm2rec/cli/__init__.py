@@ -5,7 +5,7 @@
     fastm2rec train        --dataset ml-100k --data DIR --model m2rec --text FILE --out RUN
     fastm2rec evaluate     RUN
     fastm2rec recommend    RUN --history 50 181 121
-    fastm2rec serve      --model RUN
+    fastm2rec serve        --model RUN
     fastm2rec export       RUN --format onnx --out FILE
 
 The options of `train` are the fields of the dataclasses in `fastm2rec.config` and `fastm2rec.training.config`, as

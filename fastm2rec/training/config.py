@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias
@@ -17,22 +18,38 @@ import yaml
 from .._version import __version__
 from ..config import (
     BERT4RecConfig,
+    GRU4RecConfig,
     M2RecConfig,
     SASRecConfig,
     _Config,
     _expect,
     _expect_int,
+    _expect_type,
     _expect_word,
     _is_number,
 )
 from ..losses import Loss
 
-ModelName: TypeAlias = Literal["m2rec", "mamba4rec", "sasrec", "bert4rec"]
+ModelName: TypeAlias = Literal["m2rec", "mamba4rec", "sasrec", "bert4rec", "gru4rec"]
 Positions: TypeAlias = Literal["last", "all"]
 Amp: TypeAlias = Literal["none", "bf16"]
-ModelConfig: TypeAlias = M2RecConfig | SASRecConfig
+ModelConfig: TypeAlias = M2RecConfig | SASRecConfig | GRU4RecConfig
 
 PREFIX_BATCH, SEQUENCE_BATCH = 2048, 128
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-3 as a number, as YAML 1.2 and jsonargparse do; YAML 1.1, which PyYAML follows, wants 1.0e-3."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Puts quotes around a string that `_Loader` would take for a number."""
+
+
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(
+        "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
+    )
 
 
 @dataclass(frozen=True)
@@ -78,7 +95,7 @@ class TrainConfig(_Config):
         loss: ce is the softmax over all items, bce the binary cross-entropy with sampled negatives.
         n_negatives: negatives of each target, for bce.
         positions: last trains on prefixes, with the loss at the last position. all trains on whole sequences with a
-            loss at every position, for causal models only (sasrec, mamba4rec).
+            loss at every position, for causal models only (sasrec, mamba4rec, gru4rec).
         prefixes_per_user: so many random prefixes of each user in an epoch; by default all of them.
         amp: bf16 runs the network in bfloat16; parameters, loss and evaluation stay in float32.
         patience: stop after so many evaluations without a better validation NDCG@10; 0 never stops early.
@@ -164,6 +181,7 @@ MODELS: dict[str, ModelKind] = {
     ),
     "sasrec": ModelKind(SASRecConfig),
     "bert4rec": ModelKind(BERT4RecConfig),
+    "gru4rec": ModelKind(GRU4RecConfig),
 }
 
 # What may differ when a run is resumed: where things are and how they are watched, and how long training goes on.
@@ -175,7 +193,7 @@ class RunConfig:
     """A whole run. `model` has n_items and text_dim 0: both come from the data.
 
     Args:
-        model_name: m2rec, mamba4rec, sasrec or bert4rec.
+        model_name: m2rec, mamba4rec, sasrec, bert4rec or gru4rec.
         data: the log.
         train: the optimisation.
         model: the model's options; None takes its defaults.
@@ -247,7 +265,8 @@ class RunConfig:
         ]
         text = f"# A run of fastm2rec {__version__}. The same again: fastm2rec train --config THIS_FILE --out FOLDER\n"
         for title, names in groups:
-            text += f"\n# {title}\n" + yaml.safe_dump({name: values[name] for name in names}, sort_keys=False)
+            options = {name: values[name] for name in names}
+            text += f"\n# {title}\n" + yaml.dump(options, Dumper=_Dumper, sort_keys=False)
         return text
 
     @classmethod
@@ -258,7 +277,7 @@ class RunConfig:
             ValueError: not YAML, not a mapping, or as `from_dict`.
         """
         try:
-            values = yaml.safe_load(text)
+            values = yaml.load(text, Loader=_Loader)
         except yaml.YAMLError as error:
             raise ValueError(f"not valid YAML: {' '.join(str(error).split())}") from None
         if not isinstance(values, dict):
@@ -270,12 +289,6 @@ class RunConfig:
         ours, theirs = self.to_dict(), other.to_dict()
         names = (ours.keys() | theirs.keys()) - CHANGEABLE
         return sorted(name for name in names if ours.get(name) != theirs.get(name))
-
-
-def _expect_type(config: object, *names: str, kind: type) -> None:
-    for name in names:
-        value = getattr(config, name)
-        _expect(isinstance(value, kind), name, f"a {kind.__name__}", value)
 
 
 def _names(config: type[_Config]) -> list[str]:
