@@ -112,6 +112,19 @@ def test_a_basis_is_recognised_by_its_values() -> None:
     assert not module._is_fourier(x, row_basis(torch.tensor([20]), 20, 5, "fourier")[0], torch.zeros(31, 4))
 
 
+def test_under_autocast_products_are_half_precision_and_nothing_breaks() -> None:
+    basis = row_basis(torch.tensor([50]), 50, 11, "fourier")[0]
+    inputs: list[Any] = [
+        torch.randn(3, 50, 8), basis, torch.rand(11), torch.randn(32, 8), None, torch.randn(32, 4), torch.randn(32)
+    ]  # fmt: skip
+    exact = _call(reference, cast(inputs, torch.float64), conv_first=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = _call(spectral_projection, inputs, conv_first=True)
+    half = cast(inputs, torch.bfloat16)
+    plain = _call(reference, half, conv_first=True)
+    assert_as_good(got.bfloat16(), plain, exact)
+
+
 def test_custom_ops_of_the_frequency_domain() -> None:
     basis = row_basis(torch.tensor([9]), 9, 5, "fourier")[0]
     x, taps = torch.randn(2, 8, 32, requires_grad=True), torch.randn(32, 4, requires_grad=True)

@@ -102,7 +102,7 @@ def _fourier_last(x, basis, mask, weight, bias, conv_weight, conv_bias):
     bins = F.linear(bases.mT @ x, weight)
     if bias is not None:
         bins = bins + bases.sum(dim=0)[:, None] * bias
-    bins = convolved_bins(bins, conv_weight, basis)
+    bins = convolved_bins(bins.to(basis.dtype), conv_weight, basis)  # autocast makes products half precision
     if conv_bias is not None:
         bins = bins + basis.sum(dim=0)[:, None] * conv_bias
     return basis @ _masked(bins, mask)
