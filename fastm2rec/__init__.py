@@ -13,11 +13,12 @@ from ._version import __version__
 
 if TYPE_CHECKING:
     from .base import Recommendation, SequentialRecommender, build_model
-    from .baselines import BERT4Rec, SASRec
-    from .config import BERT4RecConfig, M2RecConfig, SASRecConfig
+    from .baselines import BERT4Rec, GRU4Rec, SASRec
+    from .config import BERT4RecConfig, GRU4RecConfig, M2RecConfig, SASRecConfig
     from .folded import FoldedM2Rec
     from .impl import ImplementationError
     from .model import M2Rec, M2RecEncoder
+    from .recommender import Recommendations, Recommender
     from .storage import StorageError
     from .vocab import UnknownItemError, Vocabulary
 
@@ -25,11 +26,15 @@ _HOME = {
     "BERT4Rec": "baselines",
     "BERT4RecConfig": "config",
     "FoldedM2Rec": "folded",
+    "GRU4Rec": "baselines",
+    "GRU4RecConfig": "config",
     "ImplementationError": "impl",
     "M2Rec": "model",
     "M2RecConfig": "config",
     "M2RecEncoder": "model",
     "Recommendation": "base",
+    "Recommendations": "recommender",
+    "Recommender": "recommender",
     "SASRec": "baselines",
     "SASRecConfig": "config",
     "SequentialRecommender": "base",
@@ -43,11 +48,15 @@ __all__ = [
     "BERT4Rec",
     "BERT4RecConfig",
     "FoldedM2Rec",
+    "GRU4Rec",
+    "GRU4RecConfig",
     "ImplementationError",
     "M2Rec",
     "M2RecConfig",
     "M2RecEncoder",
     "Recommendation",
+    "Recommendations",
+    "Recommender",
     "SASRec",
     "SASRecConfig",
     "SequentialRecommender",

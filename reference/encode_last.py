@@ -74,7 +74,7 @@ def _before_silu(p: Tensor, lengths: Tensor, folded: Any, dtype: torch.dtype) ->
 
 
 def _filtered(x: Tensor, lengths: Tensor, folded: Any, dtype: torch.dtype) -> Tensor:
-    spectrum = torch.zeros_like(lengths) if len(folded.basis) == 1 else lengths - 1
+    spectrum = slice(None) if len(folded.basis) == 1 else lengths - 1
     basis = folded.basis[spectrum].to(dtype)
     return basis @ (folded.gain[spectrum].to(dtype)[:, :, None] * (basis.mT @ x))
 

@@ -33,7 +33,9 @@ def test_what_is_in_it(run: Path) -> None:
     assert sorted(path.name for path in run.iterdir()) == [
         ".lock", "best", "config.yaml", "last.safetensors", "metrics.jsonl", "previous.safetensors", "run.json",
     ]  # fmt: skip
-    assert sorted(path.name for path in (run / "best").iterdir()) == ["config.json", "model.safetensors", "vocab.json"]
+    assert sorted(path.name for path in (run / "best").iterdir()) == [
+        "config.json", "model.safetensors", "popularity.safetensors", "vocab.json",
+    ]  # fmt: skip
     folder = RunFolder(run)
     assert folder.config() == _runs.config()
     manifest = folder.manifest()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import weakref
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -104,8 +105,21 @@ def _pack(folded: Folded) -> Packed:
     return Packed(shape, (tables, filter, head), scan, eps, kernels.scratch_size(shape), dtype)
 
 
+def _forget_lock() -> None:
+    """A fork does not copy the thread that may hold it."""
+    global _lock
+    _lock = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forget_lock)
+
+
 def packed(folded: Folded) -> Packed:
     """The packed weights; they are made once and kept as long as `folded` is."""
+    found = _packed.get(folded)
+    if found is not None:
+        return found
     with _lock:
         found = _packed.get(folded)
         if found is None:

@@ -25,9 +25,9 @@ from ..impl import AUTO, chosen
 from ..storage import PathLike
 from .checkpoint import Progress, go_back, load_checkpoint, save_checkpoint
 from .config import RunConfig
-from .evaluate import evaluate
+from .evaluate import evaluate, popularity
 from .inputs import Inputs, load_inputs, make_model, reads_text
-from .monitor import Monitor
+from .monitor import Monitor, watched
 from .objective import Objective, make_question
 from .run import PREVIOUS, Resume, RunFolder
 from .runtime import Runtime, derive, settings
@@ -88,6 +88,7 @@ def train(
         if inputs is None:
             inputs = load_inputs(config.data, with_text=reads_text(config))
         model = make_model(config, inputs)
+        model.popularity = popularity(inputs.dataset)
         question = make_question(config, model, inputs.dataset)
         runtime = Runtime(config.train.device)
         folder = RunFolder(out)
@@ -167,9 +168,12 @@ class _Training:
                 if not last and options.checkpoint_every and progress.step % options.checkpoint_every == 0:
                     self._save()
         progress.epoch, progress.batch = progress.epoch + 1, 0
+        line = None
         if progress.epoch % options.eval_every == 0 or progress.epoch == options.epochs:
-            self._evaluate()
+            line = self._evaluate()
         self._save()
+        if line is not None:  # after the checkpoint: who stops the run on what it says loses nothing
+            self.report(line)
 
     def _step(self, indices: Tensor) -> Tensor:
         """One step of Adam; the mean loss of its targets, on the device."""
@@ -230,7 +234,8 @@ class _Training:
             f"{what}: NaN or infinity in {where or 'the loss'}; {kept}. A lower --lr or --clip may help"
         )
 
-    def _evaluate(self) -> None:
+    def _evaluate(self) -> str:
+        """Rank the validation items, keep the model if it is the best so far, and say so in a line."""
         progress = self.progress
         self._refuse_bad_weights()
         seconds, rate = self.monitor.clock()
@@ -252,6 +257,7 @@ class _Training:
             "loss": loss,
             "valid": metrics,
             "best": better,
+            "learned": watched(self.model),
             "clock": {
                 "time": round(time.time(), 3),
                 "train_seconds": round(seconds, 3),
@@ -265,7 +271,7 @@ class _Training:
             self.folder.append_metrics(line)
         progress.lines += 1
         self.monitor.evaluation(line)
-        self.report(
+        return (
             f"epoch {progress.epoch:>3}  step {progress.step:>6}  loss {loss:.4f}  valid "
             f"NDCG@10 {metrics['NDCG@10']:.4f}  HR@10 {metrics['HR@10']:.4f}{' *' if better else '  '}  "
             f"{rate:,.0f} samples/s"

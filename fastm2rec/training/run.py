@@ -3,8 +3,8 @@
     config.yaml              every option of the run; `fastm2rec train --config` takes it back
     run.json                 versions, device, threads, and the data's fingerprint
     metrics.jsonl            one line per evaluation; what the clock says is under "clock"
-    best/                    the model of the best validation NDCG@10: config.json, model.safetensors, vocab.json, as
-                             `SequentialRecommender.from_pretrained` reads them
+    best/                    the model of the best validation NDCG@10: config.json, model.safetensors, vocab.json and
+                             popularity.safetensors, as `SequentialRecommender.from_pretrained` reads them
     last.safetensors         the last checkpoint, from which --resume goes on
     previous.safetensors     the one before it
     tensorboard/             scalars, if asked for
