@@ -8,9 +8,11 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..spectral import SpectralFilter
 from .config import RunConfig
 from .run import TENSORBOARD, RunError, RunFolder
 from .runtime import Runtime
@@ -93,3 +95,16 @@ class Monitor:
             self._writer.add_scalar(f"valid/{name}", value, line["step"])
         self._writer.add_scalar("clock/samples_per_second", line["clock"]["samples_per_second"], line["step"])
         self._writer.flush()
+
+
+@torch.no_grad()
+def watched(model: nn.Module) -> dict[str, float]:
+    """What the gate and the filter have learned: alpha and beta (the mean of a vector), theta of each layer."""
+    values = {}
+    for name, module in model.named_modules():
+        if isinstance(module, SpectralFilter):
+            values[f"{name}.theta"] = float(module.theta)
+        for scalar in ("alpha", "beta"):
+            if isinstance(value := getattr(module, scalar, None), nn.Parameter):
+                values[f"{name}.{scalar}"] = float(value.mean())
+    return values
