@@ -98,11 +98,10 @@ class Head(NamedTuple):
 
 def scratch_size(shape: Shape) -> int:
     """Elements that `encode` needs."""
-    wide, d, hidden = (-(-n // LANES) * LANES for n in (shape.dim, shape.d_model, shape.hidden))
+    wide, d, hidden = padded(shape.dim), padded(shape.d_model), padded(shape.hidden)
     slots = shape.max_len + ROWS
-    states = -(-(shape.dt_rank + shape.dstate) // LANES) * LANES + -(-shape.dstate // LANES) * LANES
-    scan = (ROWS + 4) * wide + ROWS * (states + shape.dstate) + states
     filters = (slots if shape.placement == INPUT else 0) + shape.columns
+    scan = scan_size(shape.dim, shape.dstate, shape.dt_rank)
     return (slots + filters + 3 * ROWS) * wide + scan + ROWS * (4 * d + hidden)
 
 

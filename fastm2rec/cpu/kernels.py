@@ -55,6 +55,7 @@ from .parts import (
     step_sizes,
     store_quad,
     weights_size,
+    write,
 )  # fmt: skip
 from .simd import LANES, LOG2_E, at, exp2, full, load, sigmoid, softplus, store, total
 
@@ -116,6 +117,58 @@ def forward(
         scanned(scan, wide, value, 0)
         for e in range(dim):
             y[b * dim + e] = gate[e] * value[e]
+
+
+@part
+def tile_gradients(u, c, rows, wide, A, scan, first_state, count, dstate, ds, kept, gX, into_A, lost_A):
+    """`rows` positions of one tile of channels: y and T go on, and what the gradients need is kept, as above."""
+    T, value, lost_T, lost = quad(scan.carried, 4 * c)
+    times, gains = scan.times, scan.gains
+    for i in range(rows):
+        dt, slope = softplus(load(scan.raw, i * wide + c))
+        x = load(u, i * wide + c)
+        store(times, i * LANES, T)
+        store(gains, i * LANES, ds * dt * x)
+        store_quad(kept, 4 * i * wide, dt, x, slope, dt * x)
+        T, lost_T = added(dt, T, lost_T)
+    fill(times, rows * LANES, ROWS * LANES, 0)
+    fill(gains, rows * LANES, ROWS * LANES, 0)
+    for half in range(0, rows, 4):
+        t0, t1, t2, t3 = quad(times, half * LANES)
+        g0, g1, g2, g3 = quad(gains, half * LANES)
+        k0 = k1 = k2 = k3 = r0 = r1 = r2 = r3 = full(u, 0.0)
+        for j in range(first_state, first_state + count):
+            n = scan.states[j]
+            rate = load(A, c * dstate + n * LANES)
+            place = (half * dstate + n) * LANES
+            CB = half * dstate + n
+            X = exp2(rate * t0)
+            store(gX, place, load(gX, place) + g0 * X)
+            X = at(scan.CB, CB) * X
+            k0, r0, dA = k0 + X, r0 + rate * X, g0 * t0 * X
+            X, place = exp2(rate * t1), place + dstate * LANES
+            store(gX, place, load(gX, place) + g1 * X)
+            X = at(scan.CB, CB + dstate) * X
+            k1, r1, dA = k1 + X, r1 + rate * X, dA + g1 * t1 * X
+            X, place = exp2(rate * t2), place + dstate * LANES
+            store(gX, place, load(gX, place) + g2 * X)
+            X = at(scan.CB, CB + 2 * dstate) * X
+            k2, r2, dA = k2 + X, r2 + rate * X, dA + g2 * t2 * X
+            X, place = exp2(rate * t3), place + dstate * LANES
+            store(gX, place, load(gX, place) + g3 * X)
+            X = at(scan.CB, CB + 3 * dstate) * X
+            k3, r3, dA = k3 + X, r3 + rate * X, dA + g3 * t3 * X
+            accumulate(into_A, lost_A, c * dstate + n * LANES, dA)
+        store_quad(scan.kernels, half * LANES, k0, k1, k2, k3)
+        store_quad(scan.rates, half * LANES, r0, r1, r2, r3)
+    for i in range(rows):
+        dt, x, slope, dtx = quad(kept, 4 * i * wide)
+        kernel = load(scan.kernels, i * LANES)
+        h = ds * kernel
+        dT = load(gains, i * LANES) * load(scan.rates, i * LANES) * LN_2
+        store_quad(kept, 4 * i * wide, h * dt, h * x, dT, slope)
+        value, lost = added(dtx * kernel, value, lost)
+    store_quad(scan.carried, 4 * c, T, value, lost_T, lost)
 
 
 @part
@@ -207,7 +260,6 @@ def backward(
     projected, scratch = scratch[: (ROWS + most) * columns], scratch[(ROWS + most) * columns :]  # then its gradient
     dC, scratch = scratch[: 2 * states], scratch[2 * states :]
     gX, scratch = scratch[: ROWS * dstate * LANES], scratch[ROWS * dstate * LANES :]
-    dA = scratch[: dstate * LANES]
 
     for b in range(first * GROUP, min(batch, last * GROUP)):
         gradient = sums[b // GROUP * size : (b // GROUP + 1) * size]
@@ -251,6 +303,7 @@ def backward(
             for i in range(rows):
                 for n in range(dstate):
                     CB[i * dstate + n] = C[n] * low_rank[i * columns + dt_rank + n]
+            fill(CB, rows * dstate, ROWS * dstate, 0)
             fill(gX, 0, ROWS * dstate * LANES, 0)
             for c in range(0, wide, LANES):
                 alive = c // LANES * (1 + dstate)
@@ -260,32 +313,10 @@ def backward(
                         place = 4 * ((k + i) * wide + c)
                         fill(kept, place, place + 4 * LANES, 0)
                     continue
-                T, value, lost_T, lost = quad(carried, 4 * c)
-                ds = load(s, c)
-                fill(dA, 0, dstate * LANES, 0)
-                for i in range(rows):
-                    dt, slope = softplus(load(raw, i * wide + c))
-                    x = load(u, i * wide + c)
-                    g = ds * dt * x
-                    gT = g * T
-                    kernel = rate = full(scratch, 0.0)
-                    for j in range(alive + 1, alive + 1 + count):
-                        n = scan.states[j]
-                        A = load(w.A, c * dstate + n * LANES)
-                        X = exp2(A * T)
-                        store(gX, (i * dstate + n) * LANES, load(gX, (i * dstate + n) * LANES) + g * X)
-                        X = at(CB, i * dstate + n) * X
-                        kernel = kernel + X
-                        rate = rate + A * X
-                        store(dA, n * LANES, load(dA, n * LANES) + gT * X)
-                    h = ds * kernel
-                    store_quad(kept, 4 * ((k + i) * wide + c), h * dt, h * x, g * rate * LN_2, slope)
-                    value, lost = added(dt * x * kernel, value, lost)
-                    T, lost_T = added(dt, T, lost_T)
-                for j in range(alive + 1, alive + 1 + count):
-                    n = scan.states[j]
-                    accumulate(into.A, lost_by.A, c * dstate + n * LANES, load(dA, n * LANES))
-                store_quad(carried, 4 * c, T, value, lost_T, lost)
+                tile_gradients(
+                    u, c, rows, wide, w.A, scan, alive + 1, count, dstate, load(s, c), kept[4 * (k * wide + c) :], gX,
+                    into.A, lost_by.A,
+                )  # fmt: skip
             for i in range(rows):
                 for n in range(dstate):
                     place = i * columns + dt_rank + n
@@ -302,8 +333,7 @@ def backward(
                 open_ = sigmoid(gate)
                 slope_z = open_ * (1.0 + gate * (1.0 - open_))
                 store(s, 3 * wide + c, load(s, 2 * wide + c) * load(carried, 4 * c + LANES) * slope_z)
-            for e in range(dim):
-                dz[b * dim + e] = s[3 * wide + e]
+            write(s, 3 * wide, dim, dz, b * dim)
         for t in range(seqlen):
             if t >= length or (length - 1 - t) % stride or (length - 1 - t) // stride >= seen:
                 fill(dp, (b * seqlen + t) * dim, (b * seqlen + t + 1) * dim, 0)
@@ -349,8 +379,7 @@ def backward(
             back_project(low_rank, columns, dt_rank + dstate, w.x_proj, kept[4 * k * wide :], wide, raw)
             for i in range(rows):
                 place = newest - (k + i) * stride * dim
-                for e in range(dim):
-                    dp[place + e] = raw[i * wide + e]
+                write(raw, i * wide, dim, dp, place)
             outer_products(low_rank, columns, dt_rank + dstate, rows, u, wide, into.x_proj, lost_by.x_proj)
 
 

@@ -46,9 +46,22 @@ def transposed_size(dim, dstate, dt_rank):
 
 @part
 def fill(x, start, stop, value):
-    # Like every copy here a loop: a slice that is assigned to takes numba two seconds to compile.
-    for i in range(start, stop):
+    # Like every copy here it is spelled out: a slice that is assigned to takes numba two seconds to compile.
+    whole = start + (stop - start) // LANES * LANES
+    for i in range(start, whole, LANES):
+        store(x, i, full(x, value))
+    for i in range(max(start, whole), stop):
         x[i] = value
+
+
+@part
+def write(row, start, size, out, place):
+    """row[start : start + size] to out[place:]."""
+    whole = size // LANES * LANES
+    for i in range(0, whole, LANES):
+        store(out, place + i, load(row, start + i))
+    for i in range(whole, size):
+        out[place + i] = row[start + i]
 
 
 @part
@@ -121,6 +134,10 @@ def read(x, start, step, rows, dim, out):
     wide = padded(dim)
     for i in range(rows):
         base = start - i * step
+        if dim == wide:
+            for e in range(0, dim, LANES):
+                store(out, i * wide + e, load(x, base + e))
+            continue
         for e in range(dim):
             out[i * wide + e] = x[base + e]
         for e in range(dim, wide):
@@ -201,18 +218,22 @@ def step_sizes(low_rank, columns, w, rows, dim, dt_rank, out):
 class Scan(NamedTuple):
     """What the scan of one row keeps between its blocks of ROWS positions."""
 
-    raw: np.ndarray  # [ROWS, E], step sizes before softplus
+    raw: np.ndarray  # [ROWS, E], step sizes
     carried: np.ndarray  # [E / LANES, 4, LANES]: T, y, and what the sums of both lost
     projected: np.ndarray  # [ROWS, padded(dt_rank + dstate)]: delta and B
     C: np.ndarray  # [padded(dstate)]
     CB: np.ndarray  # [ROWS, dstate]
+    times: np.ndarray  # [ROWS, LANES], of one tile: T; and, in the backward pass,
+    gains: np.ndarray  # g
+    kernels: np.ndarray  # sum_n C B X
+    rates: np.ndarray  # sum_n C B A X
     states: np.ndarray  # int64 [E / LANES, 1 + dstate]: how many states of a tile still remember, and which
 
 
 @register_jitable
 def scan_size(dim, dstate, dt_rank):
     """Elements of `Scan`."""
-    return (ROWS + 4) * padded(dim) + ROWS * (padded(dt_rank + dstate) + dstate) + padded(dstate)
+    return (ROWS + 4) * padded(dim) + ROWS * (padded(dt_rank + dstate) + dstate + 4 * LANES) + padded(dstate)
 
 
 @part
@@ -222,12 +243,17 @@ def as_scan(flat, dim, dstate, dt_rank):
     carried = raw + 4 * wide
     projected = carried + ROWS * padded(dt_rank + dstate)
     C = projected + padded(dstate)
+    CB = C + ROWS * dstate
     return Scan(
         flat[:raw],
         flat[raw:carried],
         flat[carried:projected],
         flat[projected:C],
-        flat[C : C + ROWS * dstate],
+        flat[C:CB],
+        flat[CB : CB + ROWS * LANES],
+        flat[CB + ROWS * LANES : CB + 2 * ROWS * LANES],
+        flat[CB + 2 * ROWS * LANES : CB + 3 * ROWS * LANES],
+        flat[CB + 3 * ROWS * LANES : CB + 4 * ROWS * LANES],
         np.empty(wide // LANES * (1 + dstate), np.int64),
     )
 
@@ -275,33 +301,58 @@ def remembered(scan, n, wide, dstate):
 
 @part
 def scan_block(u, rows, first, w, transposed, scan, dim, dstate, dt_rank):
-    """Take in the next `rows` positions, backward in time, u [rows, E] after SiLU; from the last one where `first`."""
+    """Take in the next `rows` positions, backward in time, u [ROWS, E] after SiLU; from the last one where `first`."""
     wide, columns = padded(dim), padded(dt_rank + dstate)
+    fill(u, rows * wide, ROWS * wide, 0)
     project(u, transposed, dim, columns, scan.projected)
     if first:
         project_one(u, transposed[dim * columns :], dim, padded(dstate), scan.C)
         for c in range(0, wide, LANES):
             store(scan.carried, 4 * c + LANES, load(w.D, c) * load(u, c))
     step_sizes(scan.projected, columns, w, rows, dim, dt_rank, scan.raw)
-    for i in range(rows):
+    for c in range(0, rows * wide, LANES):
+        dt, _ = softplus(load(scan.raw, c))
+        store(scan.raw, c, dt)
+    fill(scan.raw, rows * wide, ROWS * wide, 0)  # no position, no time
+    for i in range(ROWS):
         for n in range(dstate):
             scan.CB[i * dstate + n] = scan.C[n] * scan.projected[i * columns + dt_rank + n]
     for c in range(0, wide, LANES):
-        states = c // LANES * (1 + dstate)
-        count = scan.states[states]
-        if count == 0:
-            continue
-        T, value, lost_T, lost = quad(scan.carried, 4 * c)
-        for i in range(rows):
-            kernel = full(u, 0.0)
-            for j in range(states + 1, states + 1 + count):
-                n = scan.states[j]
-                X = exp2(load(w.A, c * dstate + n * LANES) * T)
-                kernel = kernel + at(scan.CB, i * dstate + n) * X
-            dt, _ = softplus(load(scan.raw, i * wide + c))
-            value, lost = added(dt * load(u, i * wide + c) * kernel, value, lost)
-            T, lost_T = added(dt, T, lost_T)
-        store_quad(scan.carried, 4 * c, T, value, lost_T, lost)
+        first_state = c // LANES * (1 + dstate) + 1
+        count = scan.states[first_state - 1]
+        if count > 0:
+            _scan_tile(u, c, wide, w.A, scan, first_state, count, dstate)
+
+
+@part
+def _scan_tile(u, c, wide, A, scan, first_state, count, dstate):
+    """ROWS positions of one tile of channels: the exponentials of a state for all of them side by side."""
+    T, value, lost_T, lost = quad(scan.carried, 4 * c)
+    dt, times = scan.raw[c:], scan.times
+    for i in range(ROWS):
+        store(times, i * LANES, T)
+        T, lost_T = added(load(dt, i * wide), T, lost_T)
+    k0 = k1 = k2 = k3 = k4 = k5 = k6 = k7 = full(u, 0.0)
+    for j in range(first_state, first_state + count):
+        n = scan.states[j]
+        rate = load(A, c * dstate + n * LANES)
+        k0 = k0 + at(scan.CB, n) * exp2(rate * load(times, 0))
+        k1 = k1 + at(scan.CB, dstate + n) * exp2(rate * load(times, LANES))
+        k2 = k2 + at(scan.CB, 2 * dstate + n) * exp2(rate * load(times, 2 * LANES))
+        k3 = k3 + at(scan.CB, 3 * dstate + n) * exp2(rate * load(times, 3 * LANES))
+        k4 = k4 + at(scan.CB, 4 * dstate + n) * exp2(rate * load(times, 4 * LANES))
+        k5 = k5 + at(scan.CB, 5 * dstate + n) * exp2(rate * load(times, 5 * LANES))
+        k6 = k6 + at(scan.CB, 6 * dstate + n) * exp2(rate * load(times, 6 * LANES))
+        k7 = k7 + at(scan.CB, 7 * dstate + n) * exp2(rate * load(times, 7 * LANES))
+    value, lost = added(load(dt, 0) * load(u, c) * k0, value, lost)
+    value, lost = added(load(dt, wide) * load(u, wide + c) * k1, value, lost)
+    value, lost = added(load(dt, 2 * wide) * load(u, 2 * wide + c) * k2, value, lost)
+    value, lost = added(load(dt, 3 * wide) * load(u, 3 * wide + c) * k3, value, lost)
+    value, lost = added(load(dt, 4 * wide) * load(u, 4 * wide + c) * k4, value, lost)
+    value, lost = added(load(dt, 5 * wide) * load(u, 5 * wide + c) * k5, value, lost)
+    value, lost = added(load(dt, 6 * wide) * load(u, 6 * wide + c) * k6, value, lost)
+    value, lost = added(load(dt, 7 * wide) * load(u, 7 * wide + c) * k7, value, lost)
+    store_quad(scan.carried, 4 * c, T, value, lost_T, lost)
 
 
 @part
