@@ -1,4 +1,4 @@
-"""Rows, where they come from, and the three ways to look at them: a table, a JSON file, ratios."""
+"""Rows, where they come from, and the ways to look at them: a table, a JSON file, ratios."""
 
 from __future__ import annotations
 
@@ -15,13 +15,21 @@ from typing import Any
 
 import torch
 
+from bench._tree import tree_hash
+
 ROOT = Path(__file__).resolve().parents[1]
 SCHEMA = 1
+EVERYTHING = "all"  # the impl and mode of a row that stands for all rows of a model at a shape that was not measured
 
 
 @dataclass
 class Row:
-    """One measurement. Times are milliseconds per batch; a row that could not run has `skipped` and no times."""
+    """One measurement. Times are milliseconds per batch; a row that could not run has `skipped` and no times.
+
+    `phase` is "inference" or "training". `positions` says where a training step's loss is: at the "last" position, at
+    "all" of them, or at the "masked" ones; it is None for inference. `cpu_ms` is the processor time of all threads.
+    `peak_mem_mb` counts what a call holds on top of `state_mb`: weights, and in training gradients and moments.
+    """
 
     model: str
     impl: str
@@ -41,6 +49,12 @@ class Row:
     bound_share: float | None = None
     max_rel_err: float | None = None
     skipped: str | None = None
+    script: str | None = None
+    phase: str = "inference"
+    positions: str | None = None
+    threads: int | None = None
+    cpu_ms: float | None = None
+    state_mb: float | None = None
 
 
 def device_name(device: torch.device) -> str:
@@ -55,10 +69,10 @@ def device_name(device: torch.device) -> str:
     return f"{model}, {torch.get_num_threads()} threads"
 
 
-def document(device: torch.device, rows: Sequence[Row]) -> dict[str, Any]:
-    """Rows with everything that is needed to know what they mean."""
+def document(device: torch.device, rows: Sequence[Row], source: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Rows with everything that is needed to know what they mean; `source` is `origin` of when they were made."""
     where = {"device": device_name(device), "device_type": device.type}
-    return {"schema": SCHEMA, **where, **origin(), "rows": [asdict(row) for row in rows]}
+    return {"schema": SCHEMA, **where, **(source or origin()), "rows": [asdict(row) for row in rows]}
 
 
 def origin() -> dict[str, Any]:
@@ -68,7 +82,7 @@ def origin() -> dict[str, Any]:
         "triton": _version("triton"),
         "python": platform.python_version(),
         "commit": _git("rev-parse", "--short=12", "HEAD"),
-        "kernels_tree": (_git("rev-parse", "HEAD:kernels") or "")[:12] or None,
+        "kernels_tree": tree_hash(ROOT / "kernels")[:12],  # as they are on the disk
         "created": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
     }
 
@@ -107,32 +121,23 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows as aligned text: times with 20 and 80 % quantiles, the ratio to the best SASRec of the same shape."""
-    header = ["model", "computed by", "mode", "batch", "len", "ms / batch", "(20-80 %)", "seq/s", "x SASRec", "bound"]
-    lines = [header]
-    for row in rows:
-        if row.median_ms is None:
-            continue
-        peer = best_peer(rows, row)
-        share = "" if row.bound_share is None else f"{row.bound_share:4.0%} of {row.bound}"
-        lines.append(
-            [
-                row.model, row.impl, row.mode, str(row.batch), str(row.seq_len), f"{row.median_ms:.3f}",
-                f"{row.p20_ms:.3f}-{row.p80_ms:.3f}", f"{row.sequences_per_s:,.0f}",
-                "" if peer is None else f"{row.median_ms / peer:.2f}", share,
-            ]
-        )  # fmt: skip
-    text = aligned(lines, left={0, 1, 2, 9})
-    reasons: dict[str, list[str]] = {}
-    for row in rows:
-        if row.skipped is not None:
-            what = reasons.setdefault(row.skipped, [])
-            label = f"{row.model} {row.impl} {row.mode}"
-            if label not in what:
-                what.append(label)
-    text += [f"skipped: {reason}: {', '.join(what)}" for reason, what in reasons.items()]
-    return "\n".join(text)
+class Writer:
+    """A result file that is whole after every row: a run that is killed has lost nothing but the row it was at."""
+
+    def __init__(self, path: Path, device: torch.device, script: str) -> None:
+        self.path = path
+        self.rows: list[Row] = []
+        self._device = device
+        self._script = script
+        self._threads = torch.get_num_threads() if device.type == "cpu" else None
+        self._origin = origin()  # as the run began: what is edited meanwhile has not run
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Append rows and write the file."""
+        for row in rows:
+            row.script, row.threads = self._script, self._threads
+            self.rows.append(row)
+        write_json(self.path, document(self._device, self.rows, self._origin))
 
 
 def aligned(lines: Sequence[Sequence[str]], left: Collection[int]) -> list[str]:
@@ -148,12 +153,19 @@ def aligned(lines: Sequence[Sequence[str]], left: Collection[int]) -> list[str]:
     return text
 
 
+def fastest_sasrec(rows: Sequence[Row], row: Row) -> Row | None:
+    """The fastest SASRec of the same shape and phase, whatever its dtype; None if none was timed."""
+    shape = shape_of(row)
+    peers = [other for other in rows if other.model == "sasrec" and other.median_ms and shape_of(other) == shape]
+    return min(peers, key=lambda other: other.median_ms or 0, default=None)
+
+
 def best_peer(rows: Sequence[Row], row: Row) -> float | None:
-    """The time of the fastest SASRec of the same shape and dtype, in milliseconds."""
-    shape = (row.batch, row.seq_len, row.dtype)
-    times = [
-        other.median_ms
-        for other in rows
-        if other.model == "sasrec" and other.median_ms and (other.batch, other.seq_len, other.dtype) == shape
-    ]
-    return min(times, default=None)
+    """The time of `fastest_sasrec`, in milliseconds."""
+    peer = fastest_sasrec(rows, row)
+    return None if peer is None else peer.median_ms
+
+
+def shape_of(row: Row) -> tuple[object, ...]:
+    """What two rows must share to be compared."""
+    return row.phase, row.batch, row.seq_len, row.n_items

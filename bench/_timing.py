@@ -1,30 +1,33 @@
 """How long a call takes, beside others: interleaved rounds in one process, so that a ratio survives a noisy machine.
 
-On a CPU a sample is the wall time of as many calls as fill a few milliseconds; on CUDA it is the time between two
-events around one call, after a warm-up, with the inputs rotated so that none of them waits in the cache.
+On a CPU a sample is the wall time of as many calls as fill a few milliseconds, and the processor time that all threads
+of the process spent on them, which other work on the machine disturbs less. On CUDA it is the time between two events
+around one call, after a warm-up, with the inputs rotated so that none of them waits in the cache.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 Call = Callable[[int], object]  # called with the number of the sample, to pick its inputs
 
 CPU_SAMPLE_SECONDS = 0.01
+SLOW_SECONDS = 0.1  # a call that takes longer on a CPU is warm after one, and is a sample of its own
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Quantiles of the samples, in milliseconds."""
+    """Quantiles of the samples, in milliseconds; `cpu_ms` is the median processor time, None on CUDA."""
 
     median_ms: float
     p20_ms: float
     p80_ms: float
     samples: int
+    cpu_ms: float | None = None
 
 
 def interleave(
@@ -39,14 +42,14 @@ def interleave(
         least, most: rounds, whatever `seconds` says.
     """
     repeats = [_repeats(call, device) for call in calls]
-    samples: list[list[float]] = [[] for _ in calls]
+    samples: list[list[tuple[float, float]]] = [[] for _ in calls]
     start = time.perf_counter()
     for turn in range(most):
         for own, call, repeat in zip(samples, calls, repeats, strict=True):
             own.append(_sample(call, device, turn, repeat))
         if turn + 1 >= least and time.perf_counter() - start > seconds:
             break
-    return [summarise(own) for own in samples]
+    return [_of_both(own, device) for own in samples]
 
 
 def summarise(samples: Sequence[float]) -> Timing:
@@ -56,38 +59,40 @@ def summarise(samples: Sequence[float]) -> Timing:
     return Timing(median, p20, p80, len(samples))
 
 
+def _of_both(samples: Sequence[tuple[float, float]], device: torch.device) -> Timing:
+    timing = summarise([wall for wall, _ in samples])
+    if device.type == "cuda":
+        return timing
+    return replace(timing, cpu_ms=summarise([processor for _, processor in samples]).median_ms)
+
+
 def _repeats(call: Call, device: torch.device) -> int:
     """Warm up, and count how many calls make a sample."""
-    for turn in range(2 if device.type == "cpu" else 5):
-        call(turn)
     if device.type == "cuda":
+        for turn in range(5):
+            call(turn)
         torch.cuda.synchronize(device)
         return 1
-    start = time.perf_counter()
-    call(0)
-    return max(1, round(CPU_SAMPLE_SECONDS / max(time.perf_counter() - start, 1e-9)))
+    seconds = 0.0
+    for turn in range(3):
+        start = time.perf_counter()
+        call(turn)
+        seconds = time.perf_counter() - start
+        if seconds > SLOW_SECONDS:
+            return 1
+    return max(1, round(CPU_SAMPLE_SECONDS / max(seconds, 1e-9)))
 
 
-def _sample(call: Call, device: torch.device, turn: int, repeat: int) -> float:
+def _sample(call: Call, device: torch.device, turn: int, repeat: int) -> tuple[float, float]:
+    """Seconds of a call: on the clock, and of the processors (0 on CUDA)."""
     if device.type == "cuda":
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         call(turn)
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end) * 1e-3
-    start = time.perf_counter()
+        return begin.elapsed_time(end) * 1e-3, 0.0
+    start, processor = time.perf_counter(), time.process_time()
     for _ in range(repeat):
         call(turn)
-    return (time.perf_counter() - start) / repeat
-
-
-def peak_memory_mb(call: Call, device: torch.device) -> float | None:
-    """The most memory that a call holds on a CUDA device, in units of 2^20 bytes; None on a CPU, which counts none."""
-    if device.type != "cuda":
-        return None
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    call(0)
-    torch.cuda.synchronize(device)
-    return torch.cuda.max_memory_allocated(device) / 2**20
+    return (time.perf_counter() - start) / repeat, (time.process_time() - processor) / repeat

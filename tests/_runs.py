@@ -15,6 +15,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "mamba4rec": {"d_state": 4},
     "sasrec": {"n_layers": 1, "n_heads": 1},
     "bert4rec": {"n_layers": 1, "n_heads": 1},
+    "gru4rec": {"gru_width": 8},
 }
 
 

@@ -1,81 +1,157 @@
-"""The latency benchmark: what it measures is checked first, what cannot run says why, and its record is complete."""
+"""The inference benchmarks: what is measured is checked first, what cannot run says why, and the record is complete."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from bench import _bounds, _plot, _registry, _results, _timing, latency
+from bench import _assembled, _bounds, _driver, _inference, _modes, _registry, latency, memory, scaling, throughput
+from fastm2rec import _mamba_ssm
+from fastm2rec.reference.causal_conv1d import causal_conv1d
+from fastm2rec.reference.selective_scan import selective_scan
 
-SIZES = _registry.Sizes(n_items=50, d_state=4, topk=5, dtype=torch.float32, device=torch.device("cpu"))
-FLAGS = ["--seq-len", "7", "--batch", "1", "3", "--d-state", "4", "--n-items", "50", "--topk", "5", "--device", "cpu"]
+SIZES = _registry.Sizes(50, 4, 5, torch.float32, torch.device("cpu"), text_dim=8)
+SHAPE = _driver.Shape("float32", 7, 3, 50)
+FLAGS = ["--d-state", "4", "--n-items", "50", "--device", "cpu", "--seq-len", "7"]
+CEILINGS = _bounds.Ceilings(1e9, 1e9, 1e9)
 
 
 @pytest.fixture(scope="module")
-def eager_cases() -> list[_registry.Case]:
-    return [case for case in _registry.cases(_registry.MODELS, 7, SIZES) if case.mode == "eager"]
+def cases() -> list[_registry.Case]:
+    with torch.no_grad():
+        return [case for case in _registry.cases(_registry.MODELS, 7, SIZES) if not case.is_late]
 
 
-def test_every_model_and_peer_has_a_row(eager_cases: list[_registry.Case]) -> None:
-    rows = {(case.model, case.impl) for case in eager_cases}
+@pytest.fixture(scope="module")
+def inputs() -> _inference._Inputs:
+    return _inference._Inputs(SHAPE, SIZES)
+
+
+def test_every_model_and_peer_has_a_row() -> None:
+    with torch.no_grad():
+        rows = {(case.model, case.impl, case.mode) for case in _registry.cases(_registry.MODELS, 7, SIZES)}
     for model in ("sasrec", "bert4rec"):
-        assert {(model, "as published"), (model, "last query")} <= rows
-    assert {("m2rec", "reference"), ("m2rec", "torch.fft + loop"), ("mamba4rec", "reference")} <= rows
-    for other in ("triton", "cpu", "mamba_ssm"):
-        assert ("m2rec", other) in rows, "what is missing is listed, not left out"
+        for impl in ("as published", "last query"):
+            assert {(model, impl, "eager"), (model, impl, "compiled")} <= rows
+    for impl in ("reference", "torch.fft + loop", "torch.fft + mamba_ssm", "triton", "cpu", "mamba_ssm"):
+        assert ("m2rec", impl, "eager") in rows, "what is missing is listed, not left out"
+    assert {("m2rec", "triton", "folded"), ("m2rec", "cpu", "folded")} <= rows
+    assert {("mamba4rec", "reference", "eager"), ("mamba4rec", "torch + mamba_ssm", "eager")} <= rows
 
 
 @torch.inference_mode()
-def test_what_runs_is_right_and_what_does_not_says_why(eager_cases: list[_registry.Case]) -> None:
-    (inputs, *_) = latency.batches(3, 7, SIZES)
-    for case in eager_cases:
+def test_what_runs_is_right_and_what_does_not_says_why(cases: list[_registry.Case], inputs: _inference._Inputs) -> None:
+    for case in cases:
         if case.skipped is not None:
             assert len(case.skipped) > 10
             continue
-        assert latency.error_of(case, inputs) < latency.TOLERANCE[torch.float32]
-        scores, ids = case.top(5)(*inputs)
+        answer = case.answer(5)
+        assert _inference.error_of(answer, case, inputs) < _inference.TOLERANCE[torch.float32]
+        _, scores, ids = answer(*inputs.batches[0])
         assert case.encode is not None
         assert case.table is not None
-        everything = case.encode(*inputs) @ case.table.t()
+        everything = case.encode(*inputs.batches[0]) @ case.table.t()
         everything[:, 0] = -torch.inf
         assert torch.equal(ids, everything.topk(5).indices)
         # A product with one column less may sum in another order: a few roundings of the largest score.
         torch.testing.assert_close(scores, everything.gather(1, ids), rtol=0, atol=4e-7 * float(scores.abs().max()))
 
 
+@pytest.mark.parametrize("wrong", ["query", "scores", "ids"])
 @torch.inference_mode()
-def test_a_wrong_implementation_gets_no_time(eager_cases: list[_registry.Case]) -> None:
-    good = next(case for case in eager_cases if case.impl == "reference")
-    assert good.encode is not None
-    encode = good.encode
-    bad = _registry.Case("m2rec", "bad", "eager", good.config, lambda *x: encode(*x) * 1.01, good.check, good.table)
+def test_each_part_of_an_answer_is_checked(wrong: str, cases: list[_registry.Case], inputs: _inference._Inputs) -> None:
+    case = next(case for case in cases if case.impl == "reference")
+    right = case.answer(5)
 
-    def broken(*inputs: torch.Tensor) -> torch.Tensor:
+    def answer(*batch: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, scores, ids = right(*batch)
+        query, scores = query * (1.01 if wrong == "query" else 1), scores * (1.01 if wrong == "scores" else 1)
+        return query, scores, (ids - 2) % 50 + 1 if wrong == "ids" else ids
+
+    assert _inference.error_of(answer, case, inputs) > 50 * _inference.TOLERANCE[torch.float32]
+
+
+def test_a_wrong_or_failing_implementation_gets_no_time_and_stops_no_other(
+    cases: list[_registry.Case], inputs: _inference._Inputs
+) -> None:
+    good = next(case for case in cases if case.impl == "reference")
+    encode = good.encode
+    assert encode is not None
+    calls = 0
+
+    def later(*batch: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if calls > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB\nmore")
+        return encode(*batch)
+
+    def broken(*batch: Tensor) -> Tensor:
         raise RuntimeError("no such kernel")
 
-    failing = _registry.Case("m2rec", "failing", "eager", good.config, broken, good.check, good.table)
-    ceilings = _bounds.Ceilings(1e9, 1e9, 1e9)
-    rows = latency.measure([good, bad, failing], 3, 7, SIZES, ceilings, seconds=0.0, stop=float("inf"))
+    def case(name: str, function: Callable[..., Tensor]) -> _registry.Case:
+        return _registry.Case("m2rec", name, "eager", good.config, function, good.check, good.table)
+
+    made = [good, case("bad", lambda *batch: encode(*batch) * 1.01), case("broken", broken), case("later", later)]
+    jobs = [_inference.job(one, inputs, SIZES) for one in made]
+    ready = _driver.checked(jobs, _driver.Budget(0.0, 1))
+    _driver.fill_times(ready, SIZES.device, CEILINGS, 0.0)
+    rows = [job.row for job in jobs]
     assert rows[0].median_ms is not None
     assert rows[0].skipped is None
-    assert rows[1].median_ms is None
+    assert all(row.median_ms is None for row in rows[1:])
     assert rows[1].skipped is not None
     assert rows[1].skipped.startswith("wrong: differs from its reference by 1")
     assert rows[2].skipped == "RuntimeError: no such kernel"
+    assert rows[3].skipped == "OutOfMemoryError: CUDA out of memory. Tried to allocate 1 GiB"
+
+
+def test_a_model_assembled_from_mamba_ssm_is_the_model(
+    monkeypatch: pytest.MonkeyPatch, cases: list[_registry.Case], inputs: _inference._Inputs
+) -> None:
+    monkeypatch.setattr(_mamba_ssm, "selective_scan", selective_scan)
+    monkeypatch.setattr(_mamba_ssm, "causal_conv1d", causal_conv1d)
+    for name in ("m2rec", "mamba4rec"):
+        model = _registry.build("m2rec", _registry.mamba_fields(name, 7, SIZES), SIZES)
+        expected = _assembled.like(model, "loop")(*inputs.batches[0])
+        got = _assembled.like(model, "mamba_ssm")(*inputs.batches[0])
+        torch.testing.assert_close(got, expected)
+        torch.testing.assert_close(got, model.encode(*inputs.batches[0]), rtol=1e-4, atol=1e-5)
+
+
+def test_a_budget_shares_out_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(_driver.time, "perf_counter", lambda: now)
+    budget = _driver.Budget(100.0, 2)
+    assert budget.begin() == _driver.MEASURE_SHARE * 50
+    now = 72.0
+    assert budget.may_compile()  # 20 seconds, and 8 for the shape that waits
+    now = 72.1
+    assert not budget.may_compile()
+    now = 101.0
+    assert budget.begin() is None
+    assert _driver.Budget(0.0, 1).begin() == 0.0, "the first shape always runs"
+
+
+def _run(root: Path, script: str, *flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, f"bench/{script}.py", *FLAGS, *flags],
+        cwd=root, capture_output=True, text=True, check=False,
+    )  # fmt: skip
 
 
 def test_a_run_from_the_shell(root: Path, tmp_path: Path) -> None:
     out, plot = tmp_path / "rows.json", tmp_path / "plot.png"
-    done = subprocess.run(
-        [sys.executable, "bench/latency.py", *FLAGS, "--eager-only", "--budget-seconds", "0",
-         "--out", str(out), "--plot", str(plot)],
-        cwd=root, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    flags = ["--batch", "3", "--topk", "5", "--dtype", "float32", "--eager-only", "--budget-seconds", "1"]
+    done = _run(root, "latency", *flags, "--out", str(out), "--plot", str(plot))
     assert done.returncode == 0, done.stderr
     document = json.loads(out.read_text())
     assert document["schema"] == 1
@@ -86,82 +162,137 @@ def test_a_run_from_the_shell(root: Path, tmp_path: Path) -> None:
         assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
         assert row["sequences_per_s"] == pytest.approx(row["batch"] / row["median_ms"] * 1e3)
         assert row["bound_share"] == pytest.approx(row["bound_ms"] / row["median_ms"])
+        assert row["cpu_ms"] > 0
         assert row["max_rel_err"] < 1e-4
-    assert "x SASRec" in done.stdout
+        assert (row["script"], row["phase"], row["threads"]) == ("latency", "inference", torch.get_num_threads())
+    assert "x SASRec, batch 3, length 7, 50 items: against " in done.stdout
     assert "skipped: " in done.stdout
     assert plot.read_bytes().startswith(b"\x89PNG")
 
 
-@pytest.mark.slow
-def test_compiled_rows() -> None:
-    flags = ["--seq-len", "7", "--batch", "2", "--d-state", "4", "--n-items", "50", "--device", "cpu"]
-    options = latency.parse([*flags, "--models", "sasrec", "--budget-seconds", "600"])
-    rows = [row for row in latency.run(options) if row.mode == "compiled"]
-    reason = _registry.cannot_compile(torch.device("cpu"))
-    assert len(rows) == 1
-    assert all((row.median_ms is not None) == (reason is None) for row in rows), [row.skipped for row in rows]
+def test_memory_from_the_shell(root: Path, tmp_path: Path) -> None:
+    # A process of its own: memory.py changes how this one's heap works.
+    out = tmp_path / "rows.json"
+    flags = [
+        "--batch",
+        "2",
+        "--models",
+        "sasrec",
+        "m2rec",
+        "--dtype",
+        "float32",
+        "--eager-only",
+        "--budget-seconds",
+        "1",
+    ]
+    done = _run(root, "memory", *flags, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(out.read_text())["rows"]
+    for phase in ("inference", "training"):
+        assert {row["model"] for row in rows if row["phase"] == phase and row["peak_mem_mb"]} == {"sasrec", "m2rec"}
+    assert all(row["median_ms"] is None for row in rows)
 
 
-def test_the_table_compares_with_the_fastest_sasrec_of_the_same_shape() -> None:
-    def row(model: str, mode: str, batch: int, ms: float | None) -> _results.Row:
-        made = _results.Row(model, "x", mode, "float32", batch, 7, 4, 50, skipped=None if ms else "no reason")
-        made.median_ms = made.p20_ms = made.p80_ms = ms
-        made.sequences_per_s = batch / ms if ms else None
-        return made
-
-    rows = [row("m2rec", "eager", 1, 3.0), row("sasrec", "eager", 1, 6.0), row("sasrec", "compiled", 1, 4.0)]
-    rows += [row("sasrec", "eager", 9, 1.0), row("m2rec", "compiled", 1, None)]
-    assert _results.best_peer(rows, rows[0]) == 4.0
-    lines = _results.table(rows).splitlines()
-    assert "0.75" in lines[2]
-    assert lines[-1] == "skipped: no reason: m2rec x compiled"
-
-
-def test_quantiles_of_samples() -> None:
-    timing = _timing.summarise([0.001 * i for i in range(1, 12)])
-    assert (timing.median_ms, timing.p20_ms, timing.p80_ms) == pytest.approx((6.0, 3.0, 9.0))
-    assert timing.samples == 11
+@pytest.mark.skipif(memory._memory.unavailable(torch.device("cpu")) is not None, reason="needs Linux's peak of the RSS")
+def test_memory_is_what_a_call_holds(root: Path) -> None:
+    code = (
+        "import torch; from bench import _memory; _memory.no_reuse()\n"
+        "x = torch.ones(2**22)\n"
+        "def call(turn):\n"
+        "    y = x + 1\n"  # 16 MB, and the next line 32 MB beside it
+        "    return (y.double() * 0).sum()\n"
+        "call(0); print(_memory.peak_mb(call, torch.device('cpu')))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    # y, its double and the product: 16 + 32 + 32. A page more or less per block, and the heap's small change.
+    assert float(done.stdout) == pytest.approx(80, abs=1.0)
 
 
-def test_calls_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_timing, "CPU_SAMPLE_SECONDS", 0.0)  # one call a sample
-    seen: list[str] = []
-    calls = [lambda turn: seen.append("a"), lambda turn: seen.append("b")]
-    _timing.interleave(calls, torch.device("cpu"), seconds=0.0, least=3, most=50)
-    assert "".join(seen[-6:]) == "ababab"
-    assert seen[:-6].count("a") == seen[:-6].count("b") == 3, "each is warmed up"
+def test_every_row_is_written_as_soon_as_it_exists(tmp_path: Path) -> None:
+    out = tmp_path / "rows.json"
+    options = _options("throughput", "--batch", "1", "2", "--out", str(out))
+    seen = []
+
+    def make(shape: _driver.Shape) -> list[_driver.Job]:
+        seen.append(len(json.loads(out.read_text())["rows"]) if out.exists() else 0)
+        if shape.batch == 2:
+            raise MemoryError("too large")
+        row = _inference._row("m2rec", "x", "eager", 4, shape)
+        return [_driver.Job(row, lambda: (lambda turn: None, 0.0), 1.0)]
+
+    empty = _inference.Jobs(options).empty
+    shapes = [_driver.Shape("float32", 7, batch, 50) for batch in (1, 2, 1)]
+    rows = _driver.sweep(options, "throughput", shapes, make, empty)
+    assert seen == [0, 1, 5]
+    assert [row.skipped for row in rows[1:5]] == ["MemoryError: too large"] * 4
+    assert rows[5].median_ms is not None
 
 
-def test_the_bound_is_the_slowest_resource() -> None:
-    ceilings = _bounds.Ceilings(special=10.0, operations=100.0, bytes=1000.0)
-    assert ceilings.bound(_bounds.Work(special=20, operations=100, bytes=100)) == ("special functions", 2000.0)
-    assert ceilings.bound(_bounds.Work(special=1, operations=100, bytes=5000)) == ("memory", 5000.0)
+def _options(script: str, *flags: str) -> argparse.Namespace:
+    module = {"throughput": throughput, "latency": latency, "scaling": scaling, "memory": memory}[script]
+    return module.parse([*FLAGS, *flags])
 
 
-def test_no_figure_without_a_measured_row(tmp_path: Path) -> None:
+def test_scaling_moves_one_axis_at_a_time() -> None:
+    options = _options("scaling", "--batch", "4", "1", "--catalogues", "50", "90")
+    shapes = scaling.shapes(options)
+    assert {(shape.seq_len, shape.batch, shape.n_items) for shape in shapes} == {(7, 4, 50), (7, 1, 50), (7, 4, 90)}
+    base = next(iter(shapes))
+    assert shapes[base] == ["seq_len", "batch", "n_items"]
+    rows = [_inference._row("m2rec", "x", "eager", 4, shape) for shape in shapes]
     with pytest.raises(ValueError, match="expected at least one measured row"):
-        _plot.latency(tmp_path / "x.png", [], "")
-    assert not (tmp_path / "x.png").exists()
+        scaling.panels(options, rows)
+    for row in rows:
+        row.median_ms = 1.0
+    drawn = {axis: [(r.batch, r.n_items) for r in own] for axis, _, own in scaling.panels(options, rows)}
+    assert drawn["batch"] == [(4, 50), (1, 50)]
+    assert drawn["n_items"] == [(4, 50), (4, 90)]
+
+
+@pytest.mark.parametrize("script", [latency, throughput, scaling, memory])
+def test_without_a_word_a_script_knows_what_to_measure(script: object) -> None:
+    options = script.parse(["--device", "cpu"])  # type: ignore[attr-defined]
+    assert options.seq_len
+    assert options.batch
+    assert options.device == "cpu"
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("script", "flags", "message"),
     [
-        (["--seq-len", "0"], "expected a whole number of at least 1, got '0'"),
-        (["--topk", "99", "--n-items", "50"], "--topk: expected at most --n-items=50, got 99"),
-        (["--models", "gpt"], "invalid choice: 'gpt'"),
+        ("latency", ["--seq-len", "0"], "expected a whole number of at least 1, got '0'"),
+        ("latency", ["--topk", "99", "--n-items", "50"], "--topk: expected at most --n-items=50, got 99"),
+        ("throughput", ["--models", "gpt"], "invalid choice: 'gpt'"),
+        ("scaling", ["--record", "--out", "x.json"], "--record: expected no --out beside it"),
     ],
 )
-def test_wrong_flags(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_flags(script: str, flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        latency.parse(flags)
+        _options(script, *flags)
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_compiled_rows() -> None:
+    device = torch.device("cpu")
+    options = _options("latency", "--batch", "2", "--models", "sasrec", "m2rec", "--budget-seconds", "600")
+    options.dtype = ["float32"]
+    rows = [row for row in latency.run(options) if row.mode == "compiled"]
+    assert len(rows) == 3
+    reason = _modes.cannot_compile(device)
+    assert all((row.median_ms is not None) == (reason is None) for row in rows), [row.skipped for row in rows]
+
+
 @pytest.mark.gpu
-def test_on_a_gpu(tmp_path: Path) -> None:
+@pytest.mark.parametrize("script", [latency, throughput, memory])
+def test_on_a_gpu(script: object, tmp_path: Path) -> None:
     out = tmp_path / "rows.json"
-    latency.main(["--seq-len", "50", "--batch", "32", "--dtype", "bfloat16", "--eager-only", "--out", str(out)])
+    flags = ["--seq-len", "50", "--batch", "32", "--models", "m2rec", "sasrec", "--dtype", "bfloat16"]
+    skip = ["--impls", "triton", "last query"]  # a compiler would take minutes
+    script.main([*flags, *skip, "--budget-seconds", "1", "--out", str(out)])  # type: ignore[attr-defined]
     rows = json.loads(out.read_text())["rows"]
-    assert any(row["model"] == "m2rec" and row["median_ms"] for row in rows)
-    assert all(row["peak_mem_mb"] for row in rows if row["median_ms"])
+    modes = {row["mode"] for row in rows if row["model"] == "m2rec" and row["skipped"] is None}
+    assert {"eager", "folded"} <= modes
+    if script is not memory:
+        assert {"graph", "folded graph"} <= modes
+        assert any(row["model"] == "sasrec" and row["mode"] == "graph" and row["median_ms"] for row in rows)

@@ -149,7 +149,7 @@ def test_train_goes_on_or_refuses(run: Path, prepared: Path, capsys: pytest.Capt
         (["recommend", "{run}", "--history", "sku-1", "nope"], "unknown item id 'nope' at position 1"),
         (["recommend", "{run}", "--history", "sku-1", "-k", "29"], "k: expected an integer from 1 to 28"),
         (["recommend", "{run}", "--file", "{nowhere}"], "No such file"),
-        (["train", "--model", "gpt"], "model: expected one of m2rec, mamba4rec, sasrec, bert4rec, got 'gpt'"),
+        (["train", "--model", "gpt"], "model: expected one of m2rec, mamba4rec, sasrec, bert4rec, gru4rec, got 'gpt'"),
         (["train", "--config", "{nowhere}"], "No such file"),
         (["train", "--dataset", "ml-1m", "--data", "{nowhere}"], "no such file or folder"),
         (["train", "--dataset", "prepared", "--data", "{data}", "--out", "{nowhere}"], "gate='scalar' reads text"),

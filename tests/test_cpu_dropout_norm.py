@@ -37,11 +37,11 @@ def test_without_dropout_it_is_the_reference(lengths: list[int], dim: int) -> No
         gradients(partial(f, eps=EPS, dropout=0.0), values, dy)
         for f, values in ((dropout_norm, inputs), (reference, inputs), (reference, cast(inputs, torch.float64)))
     )
-    for name, *values in zip(NAMES, got, plain, exact, strict=True):
-        assert_as_good(*values, name=name)
+    for name, a, b, c in zip(NAMES, got, plain, exact, strict=True):
+        assert_as_good(a, b, c, name=name)
     wide: list[Any] = [*cast(inputs, torch.float64)]
-    for a, b in zip(gradients(partial(dropout_norm, eps=EPS, dropout=0.0), wide, dy), exact, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    for d, c in zip(gradients(partial(dropout_norm, eps=EPS, dropout=0.0), wide, dy), exact, strict=True):
+        torch.testing.assert_close(d, c, rtol=1e-12, atol=1e-12)
 
 
 def test_with_dropout_it_is_the_reference_of_the_same_draw() -> None:
@@ -123,7 +123,8 @@ def test_draws_come_from_torchs_generator_and_not_from_threads(monkeypatch: pyte
 def test_evaluation_draws_nothing() -> None:
     inputs = _inputs([5])
     state = torch.get_rng_state()
-    dropout_norm(*inputs, eps=EPS, dropout=0.0)
+    e, lengths, weight, bias = inputs
+    dropout_norm(e, lengths, weight, bias, EPS, 0.0)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -137,8 +138,8 @@ def test_custom_ops() -> None:
 def test_where_the_kernel_cannot_run_it_is_the_reference() -> None:
     e, lengths, weight, bias = _inputs([5, 3], 20)
     assert torch.equal(dropout_norm(e, lengths, weight, bias, EPS, 0.0), reference(e, lengths, weight, bias, EPS, 0.0))
-    half = [t.bfloat16() if t.is_floating_point() else t for t in _inputs([5, 3])]
-    assert torch.equal(dropout_norm(*half, EPS, 0.0), reference(*half, EPS, 0.0))
+    e, lengths, weight, bias = (t.bfloat16() if t.is_floating_point() else t for t in _inputs([5, 3]))
+    assert torch.equal(dropout_norm(e, lengths, weight, bias, EPS, 0.0), reference(e, lengths, weight, bias, EPS, 0.0))
 
 
 @pytest.mark.parametrize(

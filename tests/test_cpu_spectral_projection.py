@@ -85,7 +85,8 @@ def test_convolution_in_the_frequency_domain(
     monkeypatch.setattr(module, "reference", None)
     monkeypatch.setattr(module, "_filter_last", None)
     # The basis is data: it gets no gradient, and none is asked for.
-    got, double = (_gradients_but_for_the_basis(values, dy.to(values[0].dtype), options) for values in (single, inputs))
+    got = _gradients_but_for_the_basis(single, dy, options)
+    double = _gradients_but_for_the_basis(inputs, dy.double(), options)
     del exact[2], plain[2]
     for place, (a, b, c) in enumerate(zip(got, plain, exact, strict=True)):
         assert_as_good(a, b, c, slack=2 * SLACK, name=f"result {place}")
@@ -123,6 +124,14 @@ def test_under_autocast_products_are_half_precision_and_nothing_breaks() -> None
     half = cast(inputs, torch.bfloat16)
     plain = _call(reference, half, conv_first=True)
     assert_as_good(got.bfloat16(), plain, exact)
+
+
+def test_a_model_made_in_inference_mode() -> None:
+    with torch.inference_mode():
+        basis = row_basis(torch.tensor([50]), 50, 11, "fourier")[0]
+        inputs: list[Any] = [torch.randn(3, 50, 8), basis, None, torch.randn(32, 8), None, torch.randn(32, 4), None]
+        got, plain = (_call(f, inputs, conv_first=True) for f in (spectral_projection, reference))
+        assert_as_good(got, plain, _call(reference, cast(inputs, torch.float64), conv_first=True))
 
 
 def test_custom_ops_of_the_frequency_domain() -> None:

@@ -66,7 +66,7 @@ def test_lines_of_metrics_and_the_result_agree(tmp_path: Path) -> None:
     lines = RunFolder(tmp_path).metrics()
     assert [(line["epoch"], line["step"]) for line in lines] == [(2, 6), (4, 12), (5, 15)]  # the last epoch, too
     assert len(reported) == 3
-    assert all(set(line) == {"epoch", "step", "loss", "valid", "best", "clock"} for line in lines)
+    assert all(set(line) == {"epoch", "step", "loss", "valid", "best", "learned", "clock"} for line in lines)
     assert all(
         set(line["valid"]) == {f"{name}@{k}" for name in ("HR", "NDCG", "MRR") for k in (10, 20)} for line in lines
     )

@@ -70,13 +70,18 @@ def _is_fourier(x: Tensor, basis: Tensor, conv_weight: Tensor) -> bool:
         or not 2 <= width <= len(basis) + 1
     ):
         return False
+    if basis.is_inference():  # it tracks no version, so nothing is remembered of it
+        return _equals_fourier(basis)
     known = _fourier.get(basis)
     if known is None or known[0] != basis._version:
-        seqlen, columns = basis.shape
-        exact = row_basis(torch.tensor([seqlen]), seqlen, columns, "fourier", torch.float64)[0]
-        same = bool((basis - exact).abs().max() <= 4 * torch.finfo(basis.dtype).eps)
-        known = _fourier[basis] = (basis._version, same)
+        known = _fourier[basis] = (basis._version, _equals_fourier(basis))
     return known[1]
+
+
+def _equals_fourier(basis: Tensor) -> bool:
+    seqlen, columns = basis.shape
+    exact = row_basis(torch.tensor([seqlen]), seqlen, columns, "fourier", torch.float64)[0]
+    return bool((basis - exact).abs().max() <= 4 * torch.finfo(basis.dtype).eps)
 
 
 def _shifted(basis: Tensor, shifts: range) -> Tensor:

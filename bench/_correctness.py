@@ -1,0 +1,105 @@
+"""pytest before the benchmarks, within a share of the time: files side by side: compiling takes processors."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench import _child
+
+# Without a GPU: what the CPU engine computes.
+ON_CPU = ("tests/test_cpu_spectral_projection.py",)
+RESULT = re.compile(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)", re.MULTILINE)
+# Kernels first: their results decide what the times are worth.
+LAST = ("test_bench", "test_mamba_ssm")
+MOST_AT_ONCE = 8
+
+
+def files(root: Path, device: str) -> list[str]:
+    """The test files to run on "cuda" or "cpu"."""
+    if device == "cpu":
+        return list(ON_CPU)
+    marked = [path for path in sorted((root / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text()]
+    marked.sort(key=lambda path: path.stem.startswith(LAST))
+    return [str(path.relative_to(root)) for path in marked]
+
+
+def run(root: Path, device: str, environment: Mapping[str, str], seconds: float) -> dict[str, Any]:
+    """Run them; what is not finished in time is stopped and counts as not finished.
+
+    Returns:
+        Counts of passed, failed and skipped tests, the names of failed ones, the files that did not finish, the end
+        of the output of files that failed without a failing test, and the seconds it took.
+    """
+    waiting = files(root, device)
+    return _side_by_side(root, waiting, ["-m", "gpu" if device == "cuda" else "not slow"], environment, seconds)
+
+
+def _side_by_side(
+    root: Path, waiting: list[str], chosen: Sequence[str], environment: Mapping[str, str], seconds: float
+) -> dict[str, Any]:
+    begun = time.monotonic()
+    at_once = max(1, min(MOST_AT_ONCE, (os.cpu_count() or 1) // 2))
+    running: dict[str, _child.Child] = {}
+    outputs: dict[str, str] = {}
+    unfinished: list[str] = []
+    broken: dict[str, str] = {}
+
+    def close(name: str) -> None:
+        child = running.pop(name)
+        was_running = child.is_running()
+        outputs[name] = child.output()
+        outcome = child.end()
+        if was_running:
+            unfinished.append(name)
+        elif outcome.code not in (0, 1, 5):  # pytest's: passed, some failed, nothing to run
+            broken[name] = outcome.tail[-1500:]
+
+    try:
+        while (waiting or running) and time.monotonic() - begun < seconds:
+            while waiting and len(running) < at_once:
+                name = waiting.pop(0)
+                command = [sys.executable, "-m", "pytest", name, *chosen, "-v", "--tb=line", "-p", "no:cacheprovider"]
+                running[name] = _child.Child(command, environment, root)
+            time.sleep(_child.POLL_SECONDS)
+            for name in [name for name, child in running.items() if not child.is_running()]:
+                close(name)
+    finally:
+        for name in list(running):
+            close(name)
+    results = [found for text in outputs.values() for found in RESULT.findall(text)]
+    counts = Counter(word for _, word in results)
+    return {
+        "passed": counts["PASSED"],
+        "failed": counts["FAILED"] + counts["ERROR"],
+        "skipped": counts["SKIPPED"],
+        "failures": sorted(name for name, word in results if word in ("FAILED", "ERROR")),
+        "unfinished": sorted([*unfinished, *waiting]),
+        "broken": broken,
+        "seconds": round(time.monotonic() - begun, 1),
+    }
+
+
+def is_complete(result: Mapping[str, Any] | None) -> bool:
+    """Everything ran to its end."""
+    return result is not None and not result["unfinished"] and not result["broken"]
+
+
+def summary(result: Mapping[str, Any]) -> str:
+    """One paragraph of Markdown."""
+    text = (
+        f"{result['passed']} passed, {result['failed']} failed, {result['skipped']} skipped in {result['seconds']:g} s"
+    )
+    if result["failures"]:
+        text += "; failed: " + ", ".join(f"`{name}`" for name in result["failures"])
+    if result["unfinished"]:
+        text += "; not finished in their share of the time: " + ", ".join(f"`{name}`" for name in result["unfinished"])
+    for name, tail in result["broken"].items():
+        text += f"; `{name}` did not run: {' '.join(tail.split())[-300:]}"
+    return text

@@ -1,0 +1,71 @@
+"""Ways to run a function that was written for eager PyTorch: through torch.compile, and as a CUDA graph."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+WARM_UPS = 3  # before a capture, as torch's own recipe has it
+
+
+def cannot_compile(device: torch.device) -> str | None:
+    """Why torch.compile cannot run here; None if nothing speaks against it."""
+    if device.type == "cpu" and not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+        return "torch.compile needs a C++ compiler on a CPU, and none is installed"
+    if device.type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "torch.compile needs triton on CUDA, and it is not installed"
+    return None
+
+
+def compiled(function: Callable[..., Any], device: torch.device, graphs: bool = True) -> Callable[..., Any]:
+    """`function` through torch.compile, for the shapes it is first called with; on CUDA autotuned, in CUDA graphs.
+
+    torch.compile keeps what it made by code object, and refuses to make more than a few for one. Functions that come
+    from one `def` share theirs, so each is given its own.
+    """
+    assert isinstance(function, types.FunctionType)
+    own = types.FunctionType(
+        function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__,
+        function.__closure__,
+    )  # fmt: skip
+    tuned = "max-autotune" if graphs else "max-autotune-no-cudagraphs"
+    mode = tuned if device.type == "cuda" else "default"
+    return torch.compile(own, mode=mode, fullgraph=True, dynamic=False)
+
+
+class Graph:
+    """`function` as a CUDA graph: captured at the first call, for its shapes; later inputs are copied into its own."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+        self._graph: torch.cuda.CUDAGraph | None = None
+        self._inputs: tuple[Tensor, ...] = ()
+        self._outputs: Any = None
+
+    def __call__(self, *inputs: Tensor) -> Any:
+        if self._graph is None:
+            self._capture(inputs)
+        assert self._graph is not None
+        for kept, new in zip(self._inputs, inputs, strict=True):
+            kept.copy_(new)
+        self._graph.replay()
+        return self._outputs
+
+    def _capture(self, inputs: tuple[Tensor, ...]) -> None:
+        self._inputs = tuple(tensor.clone() for tensor in inputs)
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UPS):
+                self._function(*self._inputs)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            self._outputs = self._function(*self._inputs)
+        self._graph = graph

@@ -1,0 +1,273 @@
+"""The kernel benchmark: every peer computes the same function as the reference, and what is wrong gets no time."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import json
+import math
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import _bounds, _measure, _small, counters, kernels, roofline, sanitize
+from bench._tree import tree_hash
+from bench.peers import _cufft
+from bench.peers._problem import Peer, Problem, Shape
+from bench.peers.last_state import problem as last_state_problem
+
+CPU = torch.device("cpu")
+CEILINGS = _bounds.Ceilings(special=1e9, operations=1e9, bytes=1e9)
+STATELESS = ("spectral_projection", "gated_fusion")
+
+
+def _shape(op: str, phase: str = "forward") -> Shape:
+    return Shape(op, phase, "float32", 2, 9, None if op in STATELESS else 4)
+
+
+def _problem(shape: Shape) -> Problem:
+    return importlib.import_module(f"bench.peers.{shape.op}").problem(shape, CPU, False)
+
+
+def _errors(shape: Shape) -> dict[str, float]:
+    """Of every peer that runs here, Triton's in the interpreter among them."""
+    problem = _problem(shape)
+    dy = _measure.gradient(problem, shape)
+    expected = list(_measure.reference_results(problem, shape, dy))
+    found = {}
+    for peer in problem.peers:
+        if peer.run is None or peer.mode != "eager" or (dy is not None and not peer.trains):
+            continue
+        error = _measure.error_of(_measure.caller(peer, problem, shape, dy)(0), expected)
+        assert error <= _measure.TOLERANCE["float32"] + peer.error, peer.impl
+        found[peer.impl] = error
+    return found
+
+
+@pytest.mark.parametrize("op", kernels.OPS)
+def test_every_peer_computes_the_op(op: str) -> None:
+    assert len(_errors(_shape(op))) >= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("op", [op for op in kernels.OPS if op != "encode_last"])
+def test_every_peer_has_the_gradients(op: str) -> None:
+    assert len(_errors(_shape(op, "training"))) >= 2
+
+
+def test_the_references_gradients_are_those_of_one_batch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows at a time, weights' gradients summed; the split changes the order of sums only."""
+    shape = Shape("last_scan", "training", "float32", 5, 9, 4)
+    problem = _problem(shape)
+    dy = _measure.gradient(problem, shape)
+    whole = list(_measure.reference_results(problem, shape, dy))
+    monkeypatch.setattr(_measure, "REFERENCE_ROWS", 2)
+    parts = list(_measure.reference_results(problem, shape, dy))
+    assert len(whole) == 1 + sum(problem.learned)
+    assert _measure.error_of(parts, whole) < 1e-6
+
+
+def test_a_wrong_peer_and_one_that_fails_get_no_time() -> None:
+    shape = _shape("spectral_projection")
+    problem = _problem(shape)
+
+    def wrong(*arguments: torch.Tensor) -> torch.Tensor:
+        return problem.reference(*arguments) * 1.01
+
+    def failing(*arguments: torch.Tensor) -> torch.Tensor:
+        raise RuntimeError("no such kernel\nand more")
+
+    def silent(*arguments: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(problem.reference(*arguments), math.nan)
+
+    peers = [
+        Peer("right", "eager", problem.reference), Peer("wrong", "eager", wrong), Peer("failing", "eager", failing),
+        Peer("nan", "eager", silent), Peer("late", "compiled", wrong), Peer("triton", "eager", wrong),
+    ]  # fmt: skip
+    rows = _measure.measure(shape, problem, peers, CPU, CEILINGS, seconds=0.0, stop=0.0)
+    assert [row.median_ms is not None for row in rows] == [True, False, False, False, False, False]
+    assert rows[0].bound_share == pytest.approx((rows[0].bound_ms or 0) / (rows[0].median_ms or 1))
+    reasons = [row.skipped or "" for row in rows]
+    assert reasons[1].startswith("wrong: differs from its reference by 1.0e-02")
+    assert reasons[2] == "RuntimeError: no such kernel"
+    assert reasons[3].startswith("wrong: differs from its reference by inf")
+    assert "--budget-seconds" in reasons[4]
+    assert reasons[5] == "Triton's interpreter is never timed"
+
+
+def test_the_work_of_the_last_state_by_hand() -> None:
+    """B=2, L=9, E=128: N exponentials and softplus' two functions a place; u, delta and B are read."""
+    places = 2 * 9
+    exact, nodes = (
+        last_state_problem(_shape("last_state"), CPU, False).work,
+        next(p for p in last_state_problem(_shape("last_state"), CPU, False).peers if "nodes" in p.impl).work,
+    )
+    assert nodes is not None
+    assert exact.special == places * 128 * (4 + 2)
+    assert nodes.special == places * 128 * (2 + 2)
+    assert exact.bytes == nodes.bytes == places * (128 + 128 + 4) * 4
+
+
+def test_a_run_resumes_row_by_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out, figure = tmp_path / "kernels.json", tmp_path / "roofline.png"
+    flags = ["--device", "cpu", "--core", "--ops", "spectral_projection", "--phase", "forward", "--batch", "2"]
+    flags += ["--seq-len", "9", "--eager-only", "--out", str(out)]
+    kernels.main([*flags, "--budget-seconds", "0"])
+    unreached = json.loads(out.read_text())["rows"]
+    assert not any(row["median_ms"] for row in unreached)
+    late = {row["impl"] for row in unreached if "--budget-seconds" in row["skipped"]}
+    assert {"cpu", "torch.fft", "matrix products"} <= late
+    kernels.main([*flags, "--resume", "--plot", str(figure)])
+    document = json.loads(out.read_text())
+    assert {"schema", "device", "torch", "triton", "python", "commit", "kernels_tree", "created"} <= document.keys()
+    measured = {row["impl"]: row for row in document["rows"] if row["median_ms"]}
+    assert set(measured) == {"cpu", "torch.fft", "matrix products"}
+    for row in measured.values():
+        assert row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+    assert "x fastest" in capsys.readouterr().out
+    assert figure.read_bytes().startswith(b"\x89PNG")
+    kernels.main([*flags, "--resume"])
+    again = {row["impl"]: row for row in json.loads(out.read_text())["rows"] if row["median_ms"]}
+    assert again == measured, "a row that is there is not measured again"
+    keys = [kernels.key(row) for row in json.loads(out.read_text())["rows"]]
+    assert len(keys) == len(set(keys))
+
+
+HOST = """
+#include <cstdio>
+#include <cstring>
+typedef float cufftReal; struct cufftComplex { float x, y; };
+#define __device__
+static unsigned __float_as_uint(float value) { unsigned bits; memcpy(&bits, &value, 4); return bits; }
+static float __uint_as_float(unsigned bits) { float value; memcpy(&value, &bits, 4); return value; }
+CALLBACKS
+int main() {
+    static NUMBER data[3 * 10 * 4];
+    cufftComplex bins[3 * 4 * 6];
+    for (int i = 0; i < 120; i++) { store_output(0, i, i * 10.03f, data, 0); }
+    for (int i = 0; i < 72; i++) { bins[i] = {i + 1.f, 0.f}; }
+    for (int i = 0; i < 120; i++) { printf("%.9g ", load_input(0, i, data, 0)); }
+    for (int i = 0; i < 72; i++) { printf("%.9g ", load_bins(bins, i, 0, 0).x); }
+    // b = 2, c = 3, t = 7 of [B, L, C] is offset (b * C + c) * L + t
+    data[(2 * 10 + 7) * 4 + 3] = 0;
+    printf("%.9g", load_input(0, (2 * 4 + 3) * 10 + 7, data, 0));
+}
+"""
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_callbacks_of_cufft_on_the_host(dtype: str, tmp_path: Path) -> None:
+    """B=3, C=4, L=10: transposed while written, rounded like torch, and read back; 2 of 6 bins pass."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    sources = _cufft.sources(Shape("spectral_projection", "forward", dtype, 3, 10, None), channels=4, kept=2)
+    code = "".join(sources).replace("#include <cufftXt.h>", "")
+    code = HOST.replace("CALLBACKS", code).replace("NUMBER", "float" if dtype == "float32" else "unsigned short")
+    (tmp_path / "x.cpp").write_text(code)
+    subprocess.run([compiler, "-o", str(tmp_path / "x"), str(tmp_path / "x.cpp")], check=True)
+    said = subprocess.run([str(tmp_path / "x")], check=True, capture_output=True, text=True).stdout
+    numbers = torch.tensor([float(word) for word in said.split()])
+    offsets = torch.arange(120.0)
+    written = (offsets * torch.tensor(10.03) / 10).to(getattr(torch, dtype)).float()
+    assert torch.equal(numbers[:120], written), "what is stored at an offset is loaded from it"
+    assert torch.equal(numbers[120:192].view(12, 6)[:, :2], torch.arange(1.0, 73.0).view(12, 6)[:, :2])
+    assert not numbers[120:192].view(12, 6)[:, 2:].any()
+    assert numbers[192] == 0, "the offset of a place in [B, L, C]"
+
+
+def test_core_shapes_are_those_of_the_targets() -> None:
+    core = kernels.CORE["cuda"]
+    assert core[0] == Shape("spectral_projection", "forward", "bfloat16", 2048, 200, None)
+    assert {shape.op for shape in core} == set(kernels.OPS) - {"last_scan"}
+    assert all(shape.dtype == "bfloat16" for shape in core)
+    assert len({*core, *kernels.REST["cuda"]}) == len(core) + len(kernels.REST["cuda"])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--resume"], "--resume: expected --out FILE"),
+        (["--batch", "0"], "--batch: expected at least 1, got 0"),
+        (["--ops", "fft"], "invalid choice: 'fft'"),
+    ],
+)
+def test_wrong_flags(flags: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        kernels.parse(flags)
+    assert message in capsys.readouterr().err
+
+
+def test_no_roofline_without_a_bound(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="expected at least one measured row with a bound"):
+        roofline.draw([{"device": "x", "torch": "y", "rows": []}], tmp_path / "x.png")
+
+
+def test_the_tree_is_named_as_git_names_it(tmp_path: Path) -> None:
+    folder = tmp_path / "kernels"
+    (folder / "deep" / "er").mkdir(parents=True)
+    (folder / "a.py").write_text("x = 1\n")
+    (folder / "deep.py").write_bytes(b"\xff\n")  # sorts before the folder of the same name
+    (folder / "deep" / "er" / "b.sh").write_text("")
+    (folder / "deep" / "er" / "b.sh").chmod(0o755)
+    (folder / "link").symlink_to("a.py")
+    (folder / "__pycache__").mkdir()
+    (folder / "__pycache__" / "a.pyc").write_bytes(b"1")
+    git = ["git", "-c", "core.excludesFile=/dev/null"]
+    try:
+        subprocess.run([*git, "init", "-q"], cwd=folder, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("git is not installed")
+    (folder / ".git" / "info" / "exclude").write_text("__pycache__\n")
+    subprocess.run([*git, "add", "."], cwd=folder, check=True)
+    written = subprocess.run([*git, "write-tree"], cwd=folder, check=True, capture_output=True, text=True)
+    (folder / ".git").rename(tmp_path / ".git-elsewhere")
+    assert tree_hash(folder) == written.stdout.strip()
+
+
+def test_small_shapes_call_every_triton_peer() -> None:
+    """In the interpreter: what compute-sanitizer is given runs, with masked lanes and a last tile that is not full."""
+    shape = _small.shapes("last_state", hot=False)[0]
+    assert shape.seq_len % 16
+    assert {s.phase for s in _small.shapes("selective_scan", hot=False)} == {"forward", "training"}
+    assert _small.run("gated_fusion", CPU) == 4
+
+
+def test_tools_that_are_missing_are_said_to_be(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setenv("PATH", "")
+    assert sanitize.main([]) == 0
+    assert counters.main([]) == 0
+    said = capsys.readouterr().out
+    assert "skipped: compute-sanitizer is not installed" in said
+    assert "skipped: ncu is not installed" in said
+
+
+def test_counters_are_read_from_ncus_table() -> None:
+    assert {"last_state_exact_kernel", "fused_kernel", "_forward_kernel"} <= set(counters.kernel_names())
+    text = """3 calls
+==PROF== Disconnected
+"ID","Kernel Name","Section Name","Metric Name","Metric Unit","Metric Value"
+"0","fused_kernel","GPU Speed Of Light Throughput","Duration","ns","9"
+"1","fused_kernel","GPU Speed Of Light Throughput","Duration","ns","7"
+"1","fused_kernel","Launch Statistics","Registers Per Thread","register/thread","128"
+"""
+    assert counters.read(text) == [{"kernel": "fused_kernel", "ns": "7", "regs": "128"}]
+    assert counters.read("no table") == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("op", _small.OPS)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_on_a_gpu(op: str, dtype: str, device: torch.device) -> None:
+    for shape in _small.shapes(op, hot=False):
+        if shape.dtype != dtype:
+            continue
+        problem = importlib.import_module(f"bench.peers.{op}").problem(shape, device, False)
+        peers = [dataclasses.replace(peer) for peer in problem.peers if not peer.mode.startswith("compiled")]
+        rows = _measure.measure(shape, problem, peers, device, CEILINGS, seconds=0.0, stop=0.0)
+        wrong = [f"{row.impl}: {row.skipped}" for row in rows if (row.skipped or "").startswith("wrong")]
+        assert not wrong
+        assert any(row.median_ms for row in rows if row.impl.startswith("triton"))
