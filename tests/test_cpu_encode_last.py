@@ -132,3 +132,14 @@ def test_weights_are_packed_once_and_let_go() -> None:
 def test_empty_batch() -> None:
     folded = fold(build(gate="none"))
     assert _run(folded, torch.empty(0, 5, dtype=torch.int64), torch.empty(0, dtype=torch.int64)).shape == (0, 16)
+
+
+def test_in_a_compiled_graph() -> None:
+    folded = fold(build(gate="scalar"))
+    item_ids, lengths = batch(LENGTHS, 24)
+    compiled = torch.compile(
+        lambda ids, n: ops.encode_last(ids, n, folded, impl="cpu"), backend="eager", fullgraph=True
+    )
+    with torch.no_grad():
+        got = compiled(item_ids, lengths)
+    torch.testing.assert_close(got, _run(folded, item_ids, lengths), rtol=1e-12, atol=1e-12)

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .last_scan import as_flat, pack, scratch
+from ..reference.encode_last import encode_last as reference
+from .last_scan import as_flat, last_scan, pack, scratch
 from .last_scan import grain as scan_grain
 from .threads import run
 
@@ -128,7 +129,12 @@ def packed(folded: Folded) -> Packed:
 
 
 def encode_last(item_ids: Tensor, lengths: Tensor, folded: Folded) -> Tensor:
-    """As `fastm2rec.reference.encode_last.encode_last`, on the CPU; NaN for a row of unsound ids or length."""
+    """As `fastm2rec.reference.encode_last.encode_last`, on the CPU; NaN for a row of unsound ids or length.
+
+    In a compiled graph it is the reference, with the scan of `last_scan.py` in it, which such a graph can hold.
+    """
+    if torch.compiler.is_compiling():
+        return reference(item_ids, lengths, folded, scan=last_scan)
     from . import encode_kernels as kernels
 
     model = packed(folded)
