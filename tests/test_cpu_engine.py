@@ -22,6 +22,7 @@ pytest.importorskip("numba", reason="numba is not installed")
 from fastm2rec import cpu
 from fastm2rec.cpu import compiler
 from fastm2rec.cpu import last_scan as engine
+from fastm2rec.cpu import threads as module_of_threads
 from fastm2rec.cpu.last_scan import _backward_op, _forward_op, last_scan
 from fastm2rec.reference.last_scan import last_scan as reference
 from fastm2rec.reference.mamba import Mamba
@@ -272,7 +273,43 @@ def test_a_forked_child_computes_the_same() -> None:
     assert all(torch.equal(a, b) for a, b in zip(compute(), expected, strict=True))
 
 
+@pytest.fixture(params=["openmp", "pool"])
+def workers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to threads: torch's, where it has OpenMP, and Python's."""
+    if request.param == "pool":
+        monkeypatch.setattr(module_of_threads, "_openmp", lambda: None)
+    elif module_of_threads._openmp() is None:
+        pytest.skip("this torch has no OpenMP library with GOMP_parallel")
+    return request.param
+
+
+def test_slices_run_at_once(workers: str, threads: Any) -> None:
+    """Each of three slices waits for the other two."""
+    threads(3)
+    barrier = threading.Barrier(3, timeout=30)
+    seen: dict[int, int] = {}
+
+    def task(first: int, last: int) -> None:
+        if len(seen) < 3:
+            seen[first] = threading.get_ident()
+            barrier.wait()
+
+    module_of_threads.run(task, 3, 1)
+    assert len(set(seen.values())) == 3
+    assert not module_of_threads._works, "nothing is left behind"
+
+
 @pytest.mark.usefixtures("finely_sliced")
+def test_both_ways_to_threads_compute_the_same(workers: str) -> None:
+    inputs = _inputs([63, 1, 50, 8] * 3)
+    dy = torch.randn(12, 20)
+    got = gradients(last_scan, inputs, dy)
+    torch.set_num_threads(1)
+    for name, a, b in zip(NAMES, got, gradients(last_scan, inputs, dy), strict=True):
+        assert torch.equal(a, b), name
+
+
+@pytest.mark.usefixtures("finely_sliced", "workers")
 def test_a_failure_on_another_thread_is_raised() -> None:
     from fastm2rec.cpu.threads import run
 

@@ -30,7 +30,8 @@ def _forward_op(e: Tensor, lengths: Tensor, weight: Tensor, bias: Tensor, eps: f
     dropout = _dropout(p, key, eps, dtype)
 
     def rows(first: int, last: int) -> None:
-        kernels.forward(*arrays, scratch(3 * dim, dtype), *dropout, first, last, seqlen, dim)
+        with scratch(3 * dim, dtype) as memory:
+            kernels.forward(*arrays, memory, *dropout, first, last, seqlen, dim)
 
     run(rows, batch, max(1, NUMBERS // (seqlen * dim)))
     return x
@@ -56,7 +57,8 @@ def _backward_op(
     dropout = _dropout(p, key, eps, dtype)
 
     def rows(first: int, last: int) -> None:
-        kernels.backward(*arrays, scratch(3 * dim, dtype), *dropout, first, last, batch, seqlen, dim)
+        with scratch(3 * dim, dtype) as memory:
+            kernels.backward(*arrays, memory, *dropout, first, last, batch, seqlen, dim)
 
     run(rows, groups, max(1, NUMBERS // (seqlen * dim * kernels.GROUP)))
     return de, dweight.sum(0), dbias.sum(0)

@@ -143,10 +143,11 @@ def encode_last(item_ids: Tensor, lengths: Tensor, folded: Folded) -> Tensor:
     arrays = (as_flat(item_ids, torch.int64), as_flat(lengths, torch.int64), as_flat(out, model.dtype))
 
     def rows(first: int, last: int) -> None:
-        kernels.encode(
-            *arrays, seqlen, model.shape, *model.model, model.scan.weights, model.scan.transposed, model.eps,
-            scratch(model.scratch, model.dtype), first, last,
-        )  # fmt: skip
+        with scratch(model.scratch, model.dtype) as memory:
+            kernels.encode(
+                *arrays, seqlen, model.shape, *model.model, model.scan.weights, model.scan.transposed, model.eps,
+                memory, first, last,
+            )  # fmt: skip
 
     run(rows, batch, scan_grain(model.scan, seqlen, model.shape.stride))
     return out.to(folded.dtype)

@@ -36,7 +36,8 @@ def _forward_op(x: Tensor, conv_weight: Tensor, basis: Tensor) -> Tensor:
     ]
 
     def rows(first: int, last: int) -> None:
-        kernels.forward(*arrays, scratch(width * 64, dtype), first, last, columns, width, dim)
+        with scratch(width * 64, dtype) as memory:
+            kernels.forward(*arrays, memory, first, last, columns, width, dim)
 
     run(rows, batch, ROWS)
     return out
@@ -62,7 +63,8 @@ def _backward_op(dout: Tensor, x: Tensor, conv_weight: Tensor, basis: Tensor) ->
     arrays = [as_flat(t, dtype) for t in (*inputs, dx, dH, dG, dtaps)]
 
     def rows(first: int, last: int) -> None:
-        kernels.backward(*arrays, scratch(width * 64, dtype), first, last, batch, columns, width, dim)
+        with scratch(width * 64, dtype) as memory:
+            kernels.backward(*arrays, memory, first, last, batch, columns, width, dim)
 
     run(rows, groups, ROWS // kernels.GROUP)
     dw = dH.sum(0).t() @ cos + dG.sum(0).t() @ sin + dtaps.sum(0).flip(0).t()

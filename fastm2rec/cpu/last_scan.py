@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -45,18 +46,20 @@ def empty_array(size: int, dtype: torch.dtype) -> np.ndarray:
     return torch.empty(size, dtype=dtype).numpy()
 
 
-_kept = threading.local()
+_kept: dict[torch.dtype, list[np.ndarray]] = {torch.float32: [], torch.float64: []}
 
 
-def scratch(size: int, dtype: torch.dtype) -> np.ndarray:
-    """This thread's own; it is kept, as the system's pages of a new one can cost more than a small batch."""
-    found = getattr(_kept, "arrays", None)
-    if found is None:
-        found = _kept.arrays = {}
-    array = found.get(dtype)
-    if array is None or array.size < size:
-        array = found[dtype] = empty_array(size, dtype)
-    return array
+@contextmanager
+def scratch(size: int, dtype: torch.dtype) -> Iterator[np.ndarray]:
+    """Memory for one slice; it is kept for others, as the system's pages of a new one can cost more than the work."""
+    try:
+        array = _kept[dtype].pop()
+    except IndexError:
+        array = empty_array(size, dtype)
+    if array.size < size:
+        array = empty_array(size, dtype)
+    yield array
+    _kept[dtype].append(array)
 
 
 def pack(
@@ -93,10 +96,10 @@ def launch_forward(p: Tensor, packed: Packed, z: Tensor | None, lengths: Tensor,
     arrays = (as_flat(p, dtype), as_flat(lengths, torch.int64), as_flat(z, dtype), as_flat(y, dtype))
 
     def rows(first: int, last: int) -> None:
-        kernels.forward(
-            *arrays, packed.weights, packed.transposed, scratch(kernels.forward_scratch(*sizes), dtype),
-            first, last, seqlen, *sizes, stride, z is not None,
-        )  # fmt: skip
+        with scratch(kernels.forward_scratch(*sizes), dtype) as memory:
+            kernels.forward(
+                *arrays, packed.weights, packed.transposed, memory, first, last, seqlen, *sizes, stride, z is not None
+            )
 
     run(rows, batch, grain(packed, seqlen, stride))
     return y.to(p.dtype)
@@ -121,11 +124,11 @@ def launch_backward(
     arrays = (as_flat(p, dtype), as_flat(lengths, torch.int64), *(as_flat(x, dtype) for x in (z, dy, dp, dz)))
 
     def rows(first: int, last: int) -> None:
-        kernels.backward(
-            *arrays, sums, packed.weights, packed.transposed,
-            scratch(kernels.backward_scratch(seqlen, *sizes, stride), dtype),
-            first, last, batch, seqlen, *sizes, stride, z is not None,
-        )  # fmt: skip
+        with scratch(kernels.backward_scratch(seqlen, *sizes, stride), dtype) as memory:
+            kernels.backward(
+                *arrays, sums, packed.weights, packed.transposed, memory,
+                first, last, batch, seqlen, *sizes, stride, z is not None,
+            )  # fmt: skip
 
     run(rows, groups, max(1, grain(packed, seqlen, stride) // (2 * kernels.GROUP)))
     d_x_proj = torch.empty(dt_rank + 2 * dstate, dim, dtype=dtype)
