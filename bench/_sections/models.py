@@ -10,7 +10,7 @@ from pathlib import Path
 from bench import _plot, _results
 from bench._sections._record import Record, Row, paragraph, table
 
-MOST_SHAPES = 6  # columns of a table
+MOST_SHAPES = 9  # columns of a table
 
 
 @dataclass(frozen=True)
