@@ -139,7 +139,7 @@ def build(model_type: str, config: dict[str, Any], sizes: Sizes) -> SequentialRe
 
 
 def _steps(like: Tensor) -> Tensor:
-    """Step sizes from 0.02 to 2, as spread over the channels as a model trained on ML-1M has them.
+    """Step sizes from 0.02 to 2, about as spread over the channels as in a model trained on ML-1M for an epoch.
 
     They decide what a state remembers: with start values most states forget within a few positions, and the CPU engine,
     which drops what is forgotten, would be timed on less work than a trained model gives it.

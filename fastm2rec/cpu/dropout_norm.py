@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..reference.dropout_norm import dropout_norm as reference
-from .last_scan import as_flat, scratch
+from .arrays import as_flat, scratch
 from .threads import run
 
 NUMBERS = 100_000  # that are worth a slice: about a tenth of a millisecond

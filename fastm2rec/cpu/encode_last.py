@@ -13,8 +13,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference.encode_last import encode_last as reference
-from .last_scan import as_flat, last_scan, pack, scratch
+from .arrays import as_flat, scratch
 from .last_scan import grain as scan_grain
+from .last_scan import last_scan, pack
 from .threads import run
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .last_scan import as_flat, scratch
+from .arrays import as_flat, scratch
 from .threads import run
 
 ROWS = 64  # of the batch: about a tenth of a millisecond

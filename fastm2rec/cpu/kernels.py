@@ -19,8 +19,8 @@ time, where the sum of the dT is known. The gradients of the parameters are summ
 sums in order: they do not depend on how the groups are spread over threads.
 
 A state whose decay is below 2^-48 in all channels of a tile is struck out, for good: T only grows on the way back. When
-none is left, earlier positions have neither weight nor gradient. In a trained model most states forget within a few
-dozen positions.
+none is left, earlier positions have neither weight nor gradient. How soon that comes depends on the step sizes: right
+after the start most states are gone within a few positions, in trained models slow channels keep their tile alive.
 
 Sums over time and over rows are compensated (Kahan): without that 1600 positions lose 2e-6.
 

@@ -267,7 +267,7 @@ _ERFCX = (
 LOG2_E = math.log2(math.e)
 
 
-# A factor 2^x below these makes a term that no sum with others of its kind can show: half an ulp, and 2^-24 of that.
+# A factor 2^x below these makes a term that no sum with others of its kind can show: a rounding, squared.
 _FORGOTTEN = {types.float32: -48.0, types.float64: -106.0}
 
 
