@@ -1,6 +1,7 @@
 """A log whose structure is known: users who come back to the same kind of item every so many steps.
 
-It needs no file and no network, a model can learn it, and its spectrum has its peaks where the periods say.
+It needs no file and no network, a model can learn it, and its spectrum has its peaks where the periods say, at 1 / p
+and at its multiples.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def synthetic(
     The catalogue is cut into `max(periods)` groups of equal size. At step t a user with period p and phase s takes a
     random item of group (t + s) mod p, or with probability `noise` any item. Time advances by one day a step. The text
     embedding of an item is its group's random direction plus its own. The indicator of a group along a user's sequence
-    has its spectral peak at 1 / p cycles per sample.
+    has its slowest spectral peak at 1 / p cycles per sample; unrelated kinds have others at its multiples.
 
     Args:
         n_users, n_items, length: sizes; every user has `length` events.
