@@ -56,6 +56,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
+    before = torch.get_num_threads()
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
@@ -66,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, ValueError, DataError) as error:
         print(f"accuracy: error: {error}", file=sys.stderr)
         return 2
+    finally:
+        torch.set_num_threads(before)  # of the process, which may have other work to do
     if options.report:
         print(f"written: {write_report()}")
     return 0
