@@ -1,25 +1,19 @@
 """Item ids to query vectors, row by row: what `reference/encode_last.py` computes, in float32 or float64.
 
-A row's convolved items [L, E] stay in the second-level cache. With V the basis, m its gains and o the gains times the
-columns' sums (where the convolution's bias goes, in every slot):
-
-    inner:  bins = m * (V^T conv(p)) + o * conv_bias, then, eight positions at a time, u = silu(V bins)
-    input:  p = V (m * (V^T p)) for the whole row first, then u = silu(conv(p) + conv_bias)
-
-The scan is that of `parts.py`. What follows it, at the last position alone, is done for ROWS rows of the batch at once.
-A row's result does not depend on the rows beside it.
+What a row feeds to its scan is that of `row_kernels.py`, the scan that of `parts.py`. What follows it, at the last
+position alone, is done for ROWS rows of the batch at once. A row's result does not depend on the rows beside it.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numba import njit
 
 from .compiler import entry, part
 from .parts import (
     ROWS,
-    accumulate_products,
     as_scan,
     as_weights,
     fill,
@@ -33,11 +27,15 @@ from .parts import (
     silu,
     start_scan,
 )  # fmt: skip
+from .row_kernels import INPUT, NONE, read_block, spectrum_of, transform
 from .simd import LANES, at, full, gelu, load, sigmoid, store, total
+from .symmetry_kernels import GROUP
 
-NONE, INNER, INPUT = range(3)  # where the filter sits
+# Does not count the references to its arrays, nor does what it calls: that takes longer than a few rows' arithmetic.
+_BORROWS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "_nrt": False}
+_borrower = njit(**_BORROWS)
+
 LINEAR, CONSTANT, CONTEXT = range(1, 4)  # the gate; NONE has none
-BLOCK = 128  # positions whose products are summed before they are added to the others: long sums lose less
 
 
 class Shape(NamedTuple):
@@ -52,6 +50,8 @@ class Shape(NamedTuple):
     hidden: int
     width: int  # of the convolution
     columns: int  # of a basis, rounded up to ROWS
+    orbits: int  # of the basis that has most of them, rounded up to 2
+    slots: int  # in these
     placement: int
     valid: int  # a basis for each length, rather than one
     stride: int
@@ -67,15 +67,6 @@ class Tables(NamedTuple):
     z: np.ndarray  # [n_items + 1, E]
     text: np.ndarray  # [n_items + 1, D]
     gate: np.ndarray  # [n_items + 1, 2 D]
-
-
-class Filter(NamedTuple):
-    """Of each spectrum; empty where the model has none."""
-
-    basis: np.ndarray  # [spectra, max_len, columns]
-    gain: np.ndarray  # [spectra, columns]
-    offset: np.ndarray  # [spectra, columns]
-    last: np.ndarray  # [max_len, max_len]
 
 
 class Head(NamedTuple):
@@ -99,98 +90,8 @@ class Head(NamedTuple):
 def scratch_size(shape: Shape) -> int:
     """Elements that `encode` needs."""
     wide, d, hidden = padded(shape.dim), padded(shape.d_model), padded(shape.hidden)
-    slots = shape.max_len + ROWS
-    filters = (slots if shape.placement == INPUT else 0) + shape.columns
     scan = scan_size(shape.dim, shape.dstate, shape.dt_rank)
-    return (slots + filters + 3 * ROWS) * wide + scan + ROWS * (4 * d + hidden)
-
-
-@part
-def _convolve(x, n, stop, taps, bias, with_bias, width, wide, out):
-    """out[t] = sum_j taps[j] x[t - j] [+ bias] for t < stop; x [n, E] and zeros behind it."""
-    for t in range(stop):
-        for c in range(0, wide, LANES):
-            value = load(bias, c) if with_bias else full(out, 0.0)
-            for j in range(max(0, t - n + 1), min(width, t + 1)):
-                value = value + load(taps, j * wide + c) * load(x, (t - j) * wide + c)
-            store(out, t * wide + c, value)
-
-
-@part
-def _convolve_items(ids, start, n, stop, table, taps, bias, with_bias, width, wide, out):
-    """The same of x[t] = table[ids[start + t]]."""
-    for t in range(stop):
-        for c in range(0, wide, LANES):
-            value = load(bias, c) if with_bias else full(out, 0.0)
-            for j in range(max(0, t - n + 1), min(width, t + 1)):
-                value = value + load(taps, j * wide + c) * load(table, ids[start + t - j] * wide + c)
-            store(out, t * wide + c, value)
-
-
-@part
-def _contract(basis, start, columns, x, stop, wide, bins):
-    """bins [columns, E] = V^T x over the first `stop` positions; V from basis[start:]."""
-    fill(bins, 0, columns * wide, 0)
-    for first in range(0, stop, BLOCK):
-        last = min(first + BLOCK, stop)
-        for r in range(0, columns, ROWS):
-            for c in range(0, wide, LANES):
-                a = b = d = e = f = g = h = i = full(x, 0.0)
-                for t in range(first, last):
-                    value = load(x, t * wide + c)
-                    place = start + t * columns + r
-                    a = a + at(basis, place) * value
-                    b = b + at(basis, place + 1) * value
-                    d = d + at(basis, place + 2) * value
-                    e = e + at(basis, place + 3) * value
-                    f = f + at(basis, place + 4) * value
-                    g = g + at(basis, place + 5) * value
-                    h = h + at(basis, place + 6) * value
-                    i = i + at(basis, place + 7) * value
-                accumulate_products(bins, r * wide + c, wide, a, b, d, e, f, g, h, i)
-
-
-@part
-def _expand(basis, start, step, rows, columns, bins, wide, out):
-    """out [ROWS, E] = V bins at `rows` positions, the first at basis[start:] and each `step` before the last one."""
-    last = rows - 1
-    p, q, r, s = start, start - min(1, last) * step, start - min(2, last) * step, start - min(3, last) * step
-    t, u, v, w = (
-        start - min(4, last) * step, start - min(5, last) * step, start - min(6, last) * step,
-        start - min(7, last) * step,
-    )  # fmt: skip
-    for c in range(0, wide, LANES):
-        a = b = d = e = f = g = h = i = full(out, 0.0)
-        for k in range(columns):
-            value = load(bins, k * wide + c)
-            a = a + at(basis, p + k) * value
-            b = b + at(basis, q + k) * value
-            d = d + at(basis, r + k) * value
-            e = e + at(basis, s + k) * value
-            f = f + at(basis, t + k) * value
-            g = g + at(basis, u + k) * value
-            h = h + at(basis, v + k) * value
-            i = i + at(basis, w + k) * value
-        store(out, c, a)
-        store(out, wide + c, b)
-        store(out, 2 * wide + c, d)
-        store(out, 3 * wide + c, e)
-        store(out, 4 * wide + c, f)
-        store(out, 5 * wide + c, g)
-        store(out, 6 * wide + c, h)
-        store(out, 7 * wide + c, i)
-
-
-@part
-def _gained(bins, filter, spectrum, columns, offset, bias, wide):
-    """bins * m [+ o * bias], in place."""
-    for r in range(columns):
-        m = filter.gain[spectrum * columns + r]
-        for c in range(0, wide, LANES):
-            value = m * load(bins, r * wide + c)
-            if offset:
-                value = value + filter.offset[spectrum * columns + r] * load(bias, c)
-            store(bins, r * wide + c, value)
+    return (shape.slots + shape.columns + 1 + 3 * ROWS) * wide + scan + ROWS * (4 * d + hidden)
 
 
 @part
@@ -274,18 +175,35 @@ def _known(ids, start, length, seqlen, n_items):
     return True
 
 
+@_borrower
+def _scan_row(ids, start, n, shape, table, filter, head, w, transposed, one, x, bins, done, u, scan):
+    """Items to the scan's state."""
+    wide = padded(shape.dim)
+    spectrum = spectrum_of(n, shape, filter)
+    if shape.placement != NONE:
+        transform(ids, start, n, shape, table, filter, spectrum, head, one, wide, x, bins)
+        for group in range(done.size):
+            done[group] = 0
+    steps = (n + shape.stride - 1) // shape.stride
+    start_scan(scan, wide, shape.dstate)
+    for k in range(0, steps, ROWS):
+        if not forget(scan, w.A, wide, shape.dstate):
+            break
+        rows = min(ROWS, steps - k)
+        t = n - 1 - k * shape.stride
+        read_block(ids, start, n, t, rows, shape, table, filter, spectrum, head, bins, wide, x, done, u)
+        silu(u, rows * wide)
+        scan_block(u, rows, k == 0, w, transposed, scan, shape.dim, shape.dstate, shape.dt_rank)
+
+
 @entry
 def encode(ids, lengths, out, seqlen, shape, tables, filter, head, weights, transposed, eps, scratch, first, last):
     """The queries [batch, d_model] of the rows from `first` to before `last`; NaN where one is not sound."""
     wide, d = padded(shape.dim), padded(shape.d_model)
-    columns = shape.columns
     w = as_weights(weights, shape.dim, shape.dstate, shape.dt_rank)
-    slots = shape.max_len + ROWS
-    x, scratch = scratch[: slots * wide], scratch[slots * wide :]
-    filtered, scratch = (
-        (scratch[: slots * wide], scratch[slots * wide :]) if shape.placement == INPUT else (scratch[:0], scratch)
-    )
-    bins, scratch = scratch[: columns * wide], scratch[columns * wide :]
+    x, scratch = scratch[: shape.slots * wide], scratch[shape.slots * wide :]
+    bins, scratch = scratch[: shape.columns * wide], scratch[shape.columns * wide :]
+    one, scratch = scratch[:wide], scratch[wide:]
     u, scratch = scratch[: ROWS * wide], scratch[ROWS * wide :]
     y, scratch = scratch[: ROWS * wide], scratch[ROWS * wide :]
     z, scratch = scratch[: ROWS * wide], scratch[ROWS * wide :]
@@ -294,6 +212,8 @@ def encode(ids, lengths, out, seqlen, shape, tables, filter, head, weights, tran
     h, mixed, scratch = scratch[: ROWS * d], scratch[ROWS * d : 2 * ROWS * d], scratch[2 * ROWS * d :]
     gates, hidden = scratch[: 2 * ROWS * d], scratch[2 * ROWS * d :]
     last_ids = np.zeros(ROWS, np.int64)
+    done = np.zeros((shape.slots + GROUP - 1) // GROUP, np.uint8)
+    fill(one, 0, wide, 1)
     fill(y, 0, ROWS * wide, 0)
     fill(z, 0, ROWS * wide, 0)
     for group in range(first, last, ROWS):
@@ -305,46 +225,7 @@ def encode(ids, lengths, out, seqlen, shape, tables, filter, head, weights, tran
                 fill(y, i * wide, (i + 1) * wide, np.nan)
                 continue
             last_ids[i] = ids[start + n - 1]
-            spectrum = n - 1 if shape.valid else 0
-            basis = spectrum * shape.max_len * columns
-            if shape.placement == INNER:
-                stop = n if shape.valid else min(n + shape.width - 1, shape.max_len)
-                _convolve_items(
-                    ids, start, n, stop, tables.u, head.taps, head.conv_bias, False, shape.width, wide, x
-                )  # fmt: skip
-                _contract(filter.basis, basis, columns, x, stop, wide, bins)
-                _gained(bins, filter, spectrum, columns, True, head.conv_bias, wide)
-            elif shape.placement == INPUT:
-                for t in range(n):
-                    read(tables.u, ids[start + t] * wide, 0, 1, wide, x[t * wide :])
-                _contract(filter.basis, basis, columns, x, n, wide, bins)
-                _gained(bins, filter, spectrum, columns, False, head.conv_bias, wide)
-                for t in range(0, n, ROWS):
-                    rows = min(ROWS, n - t)
-                    _expand(
-                        filter.basis, basis + t * columns, -columns, rows, columns, bins, wide, filtered[t * wide :]
-                    )  # fmt: skip
-                _convolve(filtered, n, n, head.taps, head.conv_bias, True, shape.width, wide, x)
-            else:
-                _convolve_items(
-                    ids, start, n, n, tables.u, head.taps, head.conv_bias, True, shape.width, wide, x
-                )  # fmt: skip
-
-            steps = (n + shape.stride - 1) // shape.stride
-            start_scan(scan, wide, shape.dstate)
-            for k in range(0, steps, ROWS):
-                if not forget(scan, w.A, wide, shape.dstate):
-                    break
-                rows = min(ROWS, steps - k)
-                t = n - 1 - k * shape.stride
-                if shape.placement == INNER:
-                    _expand(
-                        filter.basis, basis + t * columns, shape.stride * columns, rows, columns, bins, wide, u
-                    )  # fmt: skip
-                else:
-                    read(x, t * wide, shape.stride * wide, rows, wide, u)
-                silu(u, rows * wide)
-                scan_block(u, rows, k == 0, w, transposed, scan, shape.dim, shape.dstate, shape.dt_rank)
+            _scan_row(ids, start, n, shape, tables.u, filter, head, w, transposed, one, x, bins, done, u, scan)
             scanned(scan, wide, y, i * wide)
 
             if shape.placement == INPUT:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference.encode_last import encode_last as reference
+from . import symmetry
 from .arrays import as_flat, scratch
 from .last_scan import grain as scan_grain
 from .last_scan import last_scan, pack
@@ -60,8 +61,40 @@ def by_decay(folded: Folded) -> Folded:
     return dataclasses.replace(folded, **moved)
 
 
+def _pack_filter(folded: Folded, dtype: torch.dtype) -> tuple[Any, dict[str, int]]:
+    """The `Filter` of `row_kernels.py`, and its sizes as `Shape` has them."""
+    from . import parts, row_kernels
+
+    if folded.basis is None:
+        floats, integers = as_flat(None, dtype), as_flat(None, torch.int64)
+        filter = row_kernels.Filter(floats, integers, integers, integers, floats, floats, floats)
+        return filter, {"columns": 0, "orbits": 0, "slots": 0, "valid": 0}
+    assert folded.gain is not None
+    used = folded.basis.abs().amax((0, 1)).mul(folded.gain.abs().amax(0)).nonzero()
+    columns = int(used[-1]) + 1 if len(used) else 1
+    valid = len(folded.basis) > 1
+    lengths = list(range(1, folded.max_len + 1)) if valid else [folded.max_len]
+    packed = symmetry.pack(folded.basis[..., :columns].to(dtype), lengths, parts.ROWS)
+
+    def gains(x: Tensor | None) -> Any:
+        return as_flat(None if x is None else symmetry.reordered(x[:, :columns], packed.columns), dtype)
+
+    filter = row_kernels.Filter(
+        basis=as_flat(packed.basis, dtype),
+        counts=as_flat(packed.counts, torch.int64),
+        positions=as_flat(packed.positions, torch.int64),
+        slots=as_flat(packed.slots, torch.int64),
+        gain=gains(folded.gain),
+        offset=gains(folded.offset),
+        last=as_flat(folded.last_weights, dtype),
+    )
+    _, orbits, columns = packed.basis.shape
+    return filter, {"columns": columns, "orbits": orbits, "slots": packed.positions.shape[1], "valid": int(valid)}
+
+
 def _pack(folded: Folded) -> Packed:
     from . import encode_kernels as kernels
+    from . import row_kernels
     from .simd import LANES
 
     dtype = torch.promote_types(folded.dtype, torch.float32)
@@ -76,20 +109,9 @@ def _pack(folded: Folded) -> Packed:
     def norm(weight: Tensor | None, bias: Tensor | None) -> Any:
         return rows(None if weight is None or bias is None else torch.stack([weight, bias]))
 
-    columns, filter = 0, kernels.Filter(*(as_flat(None, dtype) for _ in kernels.Filter._fields))
-    if folded.basis is not None:
-        assert folded.gain is not None
-        used = folded.basis.abs().amax((0, 1)).mul(folded.gain.abs().amax(0)).nonzero()
-        columns = -(-(int(used[-1]) + 1 if len(used) else 1) // kernels.ROWS) * kernels.ROWS
-
-        def cut(x: Tensor | None) -> Any:
-            return as_flat(None if x is None else F.pad(x, (0, columns - x.shape[-1])), dtype)
-
-        filter = kernels.Filter(
-            cut(folded.basis), cut(folded.gain), cut(folded.offset), as_flat(folded.last_weights, dtype)
-        )
+    filter, sizes = _pack_filter(folded, dtype)
     gate = {"none": kernels.NONE, "linear": kernels.LINEAR, "constant": kernels.CONSTANT, "context": kernels.CONTEXT}
-    placement = {"none": kernels.NONE, "inner": kernels.INNER, "input": kernels.INPUT}
+    placement = {"none": row_kernels.NONE, "inner": row_kernels.INNER, "input": row_kernels.INPUT}
     dim, dstate = folded.B_weight.shape
     shape = kernels.Shape(
         n_items=folded.n_items,
@@ -100,9 +122,8 @@ def _pack(folded: Folded) -> Packed:
         d_model=folded.out_proj.shape[1],
         hidden=folded.fc1.shape[1],
         width=len(folded.taps),
-        columns=columns,
+        **sizes,
         placement=placement[folded.placement],
-        valid=int(folded.basis is not None and len(folded.basis) > 1),
         stride=folded.stride,
         gate=gate[folded.gate],
         residual=int(folded.residual),
