@@ -94,15 +94,34 @@ class Mamba(ReferenceMamba):
         )
         gate = None if self.scan_norm else z
         if silu_in_scan(impl, x.device):
-            p = self._convolved(x, lengths, filter, inner, None, impl)
-            projections = (self.x_proj.weight, self.dt_proj.weight, self.dt_proj.bias)
-            y = ops.last_scan(p, *projections, self._state_matrix(), self.D, gate, lengths, stride, impl=impl)
+            y = self._last_scan(x, gate, lengths, filter, inner, stride, impl)
         else:
             u = self._convolved(x, lengths, filter, inner, "silu", impl)
             y = self._last_state(u, gate, lengths, stride, impl)
         if self.scan_norm:
             y = self.norm(y) * F.silu(z)
         return self.out_proj(y)
+
+    def _last_scan(
+        self,
+        x: Tensor,
+        z: Tensor | None,
+        lengths: Tensor,
+        filter: SpectralFilter | None,
+        inner: bool,
+        stride: int,
+        impl: str,
+    ) -> Tensor:
+        """Convolution, filter, SiLU and scan at the last position, for z [B, E] or None: [B, E].
+
+        The scan skips what a whole tile of channels has forgotten, so it gets them in the order of their decay: that is
+        cheap to do to the weights.
+        """
+        A = self._state_matrix()
+        order = (F.softplus(self.dt_proj.bias) * A.abs().amin(1)).detach().argsort()
+        p = self._convolved(x, lengths, filter, inner, None, impl, order)
+        projections = (self.x_proj.weight, self.dt_proj.weight, self.dt_proj.bias)
+        return ops.last_scan(p, *projections, A, self.D, z, lengths, stride, order, impl=impl)
 
     def _last_state(self, u: Tensor, z: Tensor | None, lengths: Tensor, stride: int, impl: str) -> Tensor:
         """The scan at the last position from u [B, L, E] after SiLU: [B, E]."""
@@ -145,12 +164,20 @@ class Mamba(ReferenceMamba):
         inner: bool,
         activation: Literal["silu"] | None,
         impl: str,
+        order: Tensor | None = None,
     ) -> Tensor:
-        """The scan's input u, or without the activation what SiLU makes it of: x [B, L, D] to [B, L, E]."""
+        """The scan's input u, or without the activation what SiLU makes it of: x [B, L, D] to [B, L, E].
+
+        Channel e of it is channel `order[e]` of the block, where an order is given.
+        """
+        in_weight, in_bias = self._half(0)
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        if order is not None:
+            in_weight, weight = in_weight[order], weight[order]
+            in_bias, bias = (None if b is None else b[order] for b in (in_bias, bias))
         if filter is not None:
-            return filter.project(x, lengths, *self._half(0), weight, bias, inner, activation, impl)
-        u = F.linear(x, *self._half(0)).transpose(1, 2)
+            return filter.project(x, lengths, in_weight, in_bias, weight, bias, inner, activation, impl)
+        u = F.linear(x, in_weight, in_bias).transpose(1, 2)
         return ops.causal_conv1d(u, weight, bias, activation, impl=impl).transpose(1, 2)
 
 

@@ -31,10 +31,16 @@ def last_scan(
     z: Tensor | None,
     lengths: Tensor,
     stride: int = 1,
+    order: Tensor | None = None,
     *,
     scan: Callable[..., Tensor] = last_state,
 ) -> Tensor:
-    """y [B, E] in p's dtype, at position lengths - 1 of each row; `scan` computes `last_state`."""
+    """y [B, E] in p's dtype, at position lengths - 1 of each row; `scan` computes `last_state`.
+
+    Channel e of p is channel order[e] of all else; None for the same.
+    """
+    if order is not None:
+        p = p[:, :, order.argsort()]
     dtype = compute_dtype(p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z)
     # The last position comes first: then padding stands at the end for every stride.
     steps = (lengths + stride - 1).div(stride, rounding_mode="floor")

@@ -96,6 +96,23 @@ def test_values_and_gradients(
         assert (a - b).abs().max() <= 1e-13 * b.abs().max(), name
 
 
+@pytest.mark.usefixtures("nan_filled")
+@pytest.mark.parametrize("dim", [64, 33])
+def test_channels_in_another_order(dim: int) -> None:
+    """The convolution's channels may come in any order; all else, and its gradients, stay as they are."""
+    inputs = cast(_inputs([9, 70, 1], dim), torch.float64)
+    order, dy = torch.randperm(dim), torch.randn(3, dim).double()
+    p, *rest = inputs
+    assert p is not None
+    moved = [p[:, :, order], *rest]
+    expected = gradients(reference, inputs, dy)
+    expected[1] = expected[1][:, :, order]
+    for function in (last_scan, reference):
+        got = gradients(partial(function, order=order), moved, dy)
+        for name, a, b in zip(NAMES, got, expected, strict=True):
+            assert (a - b).abs().max() <= 1e-13 * b.abs().max(), name
+
+
 @pytest.mark.parametrize("seqlen", [200, 1600])
 def test_error_of_a_model_as_it_starts(seqlen: int) -> None:
     """Below a millionth, also over sequences so long that a plain sum over time loses two."""
@@ -257,8 +274,8 @@ def test_a_forked_child_computes_the_same() -> None:
     packed = engine.pack(W, W_dt, bias, A, D, torch.float32)
 
     def compute() -> list[Tensor]:
-        forward = engine.launch_forward(p, packed, z, lengths, 1)
-        return [forward, *engine.launch_backward(dy, p, packed, True, z, lengths, 1)]
+        y, low_rank = engine.launch_forward(p, packed, z, lengths, 1, True)
+        return [y, *engine.launch_backward(dy, low_rank, p, packed, True, z, lengths, 1)]
 
     expected = compute()
     child = os.fork()
@@ -344,9 +361,13 @@ def test_an_empty_batch_and_a_length_that_nobody_checked() -> None:
 @pytest.mark.parametrize("optional", [True, False])
 def test_opcheck(optional: bool) -> None:
     *leaves, lengths = _inputs([9, 2], bias=optional, z=optional)
-    plain = [*leaves, lengths, 2]
-    torch.library.opcheck(_backward_op, (torch.randn(2, 20), *plain))
-    torch.library.opcheck(_forward_op, (*(x if x is None else x.requires_grad_() for x in leaves), lengths, 2))
+    order = torch.randperm(20) if optional else None
+    plain = [*leaves, lengths, 2, order]
+    y, low_rank = _forward_op(*plain, True)
+    torch.library.opcheck(_backward_op, (y, low_rank, *plain))
+    leaves = [x if x is None else x.requires_grad_() for x in leaves]
+    torch.library.opcheck(_forward_op, (*leaves, lengths, 2, order, True))
+    torch.library.opcheck(_forward_op, (*plain, False))
 
 
 def test_compile_and_export() -> None:

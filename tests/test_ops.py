@@ -134,6 +134,20 @@ def test_other_misfits() -> None:
         ops.spectral_projection(**{**_arguments("spectral_projection"), "weight": None})
 
 
+def test_the_order_of_the_channels() -> None:
+    arguments = _arguments("last_scan")
+    ops.last_scan(**arguments, order=torch.arange(E).flip(0))
+    for wrong, message in (
+        (torch.zeros(E, dtype=torch.int64), f"^order: expected each of 0 to {E - 1} once, got 1 numbers from 0 to 0"),
+        (torch.arange(1, E + 1), f"^order: expected each of 0 to {E - 1} once, got {E} numbers from 1 to {E}"),
+        (torch.arange(E).double(), "^order: expected int64 on cpu, got torch.float64 on cpu"),
+        (torch.arange(E, device="meta"), "^order: expected int64 on cpu, got torch.int64 on meta"),
+        (torch.arange(E + 1), rf"^order: expected shape \[E={E}\], got \[{E + 1}\]"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=message):
+            ops.last_scan(**arguments, order=wrong)
+
+
 def test_the_gates_table_and_its_ids() -> None:
     arguments = {**_arguments("gated_fusion"), "text": torch.randn(5, D), "ids": torch.tensor([4, 0])}
     ops.gated_fusion(**arguments)

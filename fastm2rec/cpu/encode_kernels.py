@@ -187,7 +187,7 @@ def _scan_row(ids, start, n, shape, table, filter, head, w, transposed, one, x, 
     steps = (n + shape.stride - 1) // shape.stride
     start_scan(scan, wide, shape.dstate)
     for k in range(0, steps, ROWS):
-        if not forget(scan, w.A, wide, shape.dstate):
+        if not forget(scan, w, wide, shape.dstate):
             break
         rows = min(ROWS, steps - k)
         t = n - 1 - k * shape.stride

@@ -1,4 +1,4 @@
-"""`last_scan` behind a custom op: what the kernels in `kernels.py` need around them."""
+"""`last_scan` behind a custom op: what the kernels need around them."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ class Packed(NamedTuple):
 
     weights: np.ndarray
     transposed: np.ndarray
+    order: np.ndarray
     dim: int
     dstate: int
     dt_rank: int
@@ -40,16 +41,21 @@ def pack(
     A: Tensor,
     D: Tensor,
     dtype: torch.dtype,
+    order: Tensor | None = None,
 ) -> Packed:
-    """The parameters, packed for any number of calls in `dtype`, float32 or float64."""
+    """The parameters, packed for any number of calls in `dtype`, float32 or float64.
+
+    Channel e of the kernels is channel order[e] of the parameters; None for the same.
+    """
     from . import parts
 
     sizes = (A.shape[0], A.shape[1], dt_proj_weight.shape[1])
     weights = empty_array(parts.weights_size(*sizes), dtype)
     transposed = empty_array(parts.transposed_size(*sizes), dtype)
     parameters = (as_flat(x, dtype) for x in (x_proj_weight, dt_proj_weight, dt_proj_bias, A, D))
-    parts.pack(*parameters, weights, transposed, *sizes)
-    return Packed(weights, transposed, *sizes, dtype)
+    places = as_flat(torch.arange(sizes[0]) if order is None else order, torch.int64)
+    parts.pack(*parameters, places, weights, transposed, *sizes)
+    return Packed(weights, transposed, places, *sizes, dtype)
 
 
 def grain(packed: Packed, seqlen: int, stride: int) -> int:
@@ -57,33 +63,48 @@ def grain(packed: Packed, seqlen: int, stride: int) -> int:
     return max(1, SLICE * stride // (seqlen * packed.dim * packed.dstate))
 
 
-def launch_forward(p: Tensor, packed: Packed, z: Tensor | None, lengths: Tensor, stride: int) -> Tensor:
-    """y [B, E] in p's dtype."""
-    from . import kernels
+def launch_forward(
+    p: Tensor, packed: Packed, z: Tensor | None, lengths: Tensor, stride: int, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """y [B, E] in p's dtype; and delta and B as the gradient takes them, or nothing."""
+    from . import last_scan_kernels as kernels
 
     batch, seqlen, dim = p.shape
     dtype, sizes = packed.dtype, packed.sizes
     y = torch.empty(batch, dim, dtype=dtype)
-    arrays = (as_flat(p, dtype), as_flat(lengths, torch.int64), as_flat(z, dtype), as_flat(y, dtype))
+    low_rank = torch.zeros(_low_rank_shape(p, *sizes[1:], stride, keep), dtype=dtype)
+    arrays = (as_flat(p, dtype), as_flat(lengths, torch.int64), *(as_flat(x, dtype) for x in (z, y, low_rank)))
 
     def rows(first: int, last: int) -> None:
         with scratch(kernels.forward_scratch(*sizes), dtype) as memory:
             kernels.forward(
-                *arrays, packed.weights, packed.transposed, memory, first, last, seqlen, *sizes, stride, z is not None
-            )
+                *arrays, packed.order, packed.weights, packed.transposed, memory,
+                first, last, seqlen, *sizes, stride, z is not None,
+            )  # fmt: skip
 
     run(rows, batch, grain(packed, seqlen, stride))
-    return y.to(p.dtype)
+    return y.to(p.dtype), low_rank
+
+
+def _low_rank_shape(p: Tensor, dstate: int, dt_rank: int, stride: int, keep: bool) -> tuple[int, ...]:
+    return (p.shape[0], -(-p.shape[1] // stride), dt_rank + dstate) if keep else (0,)
 
 
 def launch_backward(
-    dy: Tensor, p: Tensor, packed: Packed, has_bias: bool, z: Tensor | None, lengths: Tensor, stride: int
+    dy: Tensor,
+    low_rank: Tensor,
+    p: Tensor,
+    packed: Packed,
+    has_bias: bool,
+    z: Tensor | None,
+    lengths: Tensor,
+    stride: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of p, of x_proj's weight, dt_proj's weight and bias, A and D, and of z, in packed's dtype.
 
     Empty where there is no bias or no z.
     """
-    from . import kernels
+    from . import last_scan_gradients as kernels
 
     batch, seqlen, dim = p.shape
     dtype, sizes = packed.dtype, packed.sizes
@@ -92,12 +113,13 @@ def launch_backward(
     dz = torch.empty((0,) if z is None else (batch, dim), dtype=dtype)
     groups = -(-batch // kernels.GROUP)
     sums = empty_array(groups * packed.weights.size, dtype)
-    arrays = (as_flat(p, dtype), as_flat(lengths, torch.int64), *(as_flat(x, dtype) for x in (z, dy, dp, dz)))
+    arrays = (as_flat(p, dtype), as_flat(lengths, torch.int64), *(as_flat(x, dtype) for x in (z, dy, low_rank)))
+    into = (as_flat(dp, dtype), as_flat(dz, dtype), sums)
 
     def rows(first: int, last: int) -> None:
         with scratch(kernels.backward_scratch(seqlen, *sizes, stride), dtype) as memory:
             kernels.backward(
-                *arrays, sums, packed.weights, packed.transposed, memory,
+                *arrays, packed.order, *into, packed.weights, packed.transposed, memory,
                 first, last, batch, seqlen, *sizes, stride, z is not None,
             )  # fmt: skip
 
@@ -107,7 +129,7 @@ def launch_backward(
     d_bias = torch.empty(dim if has_bias else 0, dtype=dtype)
     dA, dD = torch.empty(dim, dstate, dtype=dtype), torch.empty(dim, dtype=dtype)
     kernels.combine(
-        sums, empty_array(2 * packed.weights.size, dtype),
+        sums, empty_array(2 * packed.weights.size, dtype), packed.order,
         *(as_flat(x, dtype) for x in (d_x_proj, d_dt_proj, d_bias, dA, dD)), *sizes,
     )  # fmt: skip
     return dp, d_x_proj, d_dt_proj, d_bias, dA, dD, dz
@@ -124,20 +146,25 @@ def _forward_op(
     z: Tensor | None,
     lengths: Tensor,
     stride: int,
-) -> Tensor:
+    order: Tensor | None,
+    keep: bool,
+) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z)
-    packed = pack(x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, dtype)
-    return launch_forward(p, packed, z, lengths, stride)
+    packed = pack(x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, dtype, order)
+    return launch_forward(p, packed, z, lengths, stride, keep)
 
 
 @_forward_op.register_fake
-def _(p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z, lengths, stride):
-    return p.new_empty(p.shape[0], p.shape[2])
+def _(p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z, lengths, stride, order, keep):
+    dtype = compute_dtype(p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z)
+    shape = _low_rank_shape(p, A.shape[1], dt_proj_weight.shape[1], stride, keep)
+    return p.new_empty(p.shape[0], p.shape[2]), p.new_empty(shape, dtype=dtype)
 
 
 @torch.library.custom_op("fastm2rec::cpu_last_scan_backward", mutates_args=(), device_types="cpu")
 def _backward_op(
     dy: Tensor,
+    low_rank: Tensor,
     p: Tensor,
     x_proj_weight: Tensor,
     dt_proj_weight: Tensor,
@@ -147,10 +174,11 @@ def _backward_op(
     z: Tensor | None,
     lengths: Tensor,
     stride: int,
+    order: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = (p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z)
-    packed = pack(x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, compute_dtype(*inputs))
-    found = launch_backward(dy, p, packed, dt_proj_bias is not None, z, lengths, stride)
+    packed = pack(x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, compute_dtype(*inputs), order)
+    found = launch_backward(dy, low_rank, p, packed, dt_proj_bias is not None, z, lengths, stride)
     d_p, d_x, d_dt, d_bias, dA, dD, dz = (
         dx if x is None else dx.to(x.dtype) for dx, x in zip(found, inputs, strict=True)
     )
@@ -158,21 +186,24 @@ def _backward_op(
 
 
 @_backward_op.register_fake
-def _(dy, p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z, lengths, stride):
+def _(dy, low_rank, p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z, lengths, stride, order):
     inputs = (p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z)
     dtype = compute_dtype(*inputs)
     return tuple(p.new_empty(0, dtype=dtype) if x is None else x.new_empty(x.shape) for x in inputs)
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, ctx.stride = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, lengths, ctx.stride, order, _ = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(output[1], *tensors, lengths, order)
 
 
-def _backward(ctx, dy):
-    *inputs, lengths = ctx.saved_tensors
-    gradients = _backward_op(dy, *inputs, lengths, ctx.stride)
-    return *(None if x is None else dx for x, dx in zip(inputs, gradients, strict=True)), None, None
+def _backward(ctx, dy, _):
+    low_rank, *inputs, lengths, order = ctx.saved_tensors
+    if low_rank.shape[0] != lengths.shape[0]:  # nobody had said that there would be gradients
+        _, low_rank = _forward_op(*inputs, lengths, ctx.stride, order, True)
+    gradients = _backward_op(dy, low_rank, *inputs, lengths, ctx.stride, order)
+    return *(None if x is None else dx for x, dx in zip(inputs, gradients, strict=True)), None, None, None, None
 
 
 _forward_op.register_autograd(_backward, setup_context=_save)
@@ -188,6 +219,9 @@ def last_scan(
     z: Tensor | None,
     lengths: Tensor,
     stride: int = 1,
+    order: Tensor | None = None,
 ) -> Tensor:
     """As `fastm2rec.reference.last_scan.last_scan`, on the CPU."""
-    return _forward_op(p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z, lengths, stride)
+    tensors = (p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z)
+    keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    return _forward_op(*tensors, lengths, stride, order, keep)[0]

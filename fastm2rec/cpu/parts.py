@@ -11,7 +11,7 @@ import numpy as np
 from numba.extending import register_jitable
 
 from .compiler import entry, inline, part
-from .simd import LANES, LOG2_E, at, exp2, forgotten, full, load, sigmoid, softplus, store
+from .simd import LANES, LOG2_E, at, exp2, forgotten, full, least, load, sigmoid, softplus, store
 
 ROWS = 8  # positions at a time
 
@@ -30,12 +30,14 @@ class Weights(NamedTuple):
     bias: np.ndarray  # [E]
     D: np.ndarray  # [E]
     A: np.ndarray  # [E / LANES, dstate, LANES]; of the parameters, A log2(e)
+    slowest: np.ndarray  # [E / LANES, dstate], in whole Lanes: the greatest A of a tile; of no use in gradients
 
 
 @register_jitable
 def weights_size(dim, dstate, dt_rank):
     """Elements of `Weights`."""
-    return (2 * dt_rank + 3 * dstate + 2) * padded(dim)
+    wide = padded(dim)
+    return (2 * dt_rank + 3 * dstate + 2) * wide + padded(wide // LANES * dstate)
 
 
 @register_jitable
@@ -70,12 +72,16 @@ def as_weights(flat, dim, dstate, dt_rank):
     x_proj = (dt_rank + 2 * dstate) * wide
     dt_proj = x_proj + dt_rank * wide
     bias, D = dt_proj + wide, dt_proj + 2 * wide
-    return Weights(flat[:x_proj], flat[x_proj:dt_proj], flat[dt_proj:bias], flat[bias:D], flat[D : D + dstate * wide])
+    A = D + dstate * wide
+    return Weights(flat[:x_proj], flat[x_proj:dt_proj], flat[dt_proj:bias], flat[bias:D], flat[D:A], flat[A:])
 
 
 @entry
-def pack(x_proj_weight, dt_proj_weight, bias, A, D, weights, transposed, dim, dstate, dt_rank):
-    """Fill `weights` and `transposed` from the parameters in their usual layouts; `bias` may be empty."""
+def pack(x_proj_weight, dt_proj_weight, bias, A, D, order, weights, transposed, dim, dstate, dt_rank):
+    """Fill `weights` and `transposed` from the parameters in their usual layouts; `bias` may be empty.
+
+    Channel e of the kernels is channel order[e] of the parameters.
+    """
     wide = padded(dim)
     w = as_weights(weights, dim, dstate, dt_rank)
     fill(weights, 0, weights.size, 0)
@@ -88,16 +94,19 @@ def pack(x_proj_weight, dt_proj_weight, bias, A, D, weights, transposed, dim, ds
         else:
             start, step = dim * first + j - dt_rank - dstate, second
         for e in range(dim):
-            w.x_proj[j * wide + e] = transposed[start + e * step] = x_proj_weight[j * dim + e]
+            w.x_proj[j * wide + e] = transposed[start + e * step] = x_proj_weight[j * dim + order[e]]
     for e in range(dim):
         for r in range(dt_rank):
-            w.dt_proj[r * wide + e] = dt_proj_weight[e * dt_rank + r]
+            w.dt_proj[r * wide + e] = dt_proj_weight[order[e] * dt_rank + r]
         tile, lane = e // LANES, e % LANES
         for n in range(dstate):
-            w.A[(tile * dstate + n) * LANES + lane] = A[e * dstate + n] * LOG2_E
-        w.D[e] = D[e]
+            rate = A[order[e] * dstate + n] * LOG2_E
+            w.A[(tile * dstate + n) * LANES + lane] = rate
+            place = tile * dstate + n
+            w.slowest[place] = rate if lane == 0 else max(w.slowest[place], rate)
+        w.D[e] = D[order[e]]
     for e in range(bias.size):
-        w.bias[e] = bias[e]
+        w.bias[e] = bias[order[e]]
 
 
 @inline
@@ -268,35 +277,24 @@ def start_scan(scan, wide, dstate):
 
 
 @part
-def forget(scan, A, wide, dstate):
+def forget(scan, w, wide, dstate):
     """Strike out the states whose decay has come to nothing; are there others?
 
     T only grows: what is forgotten at one position stays so at all earlier ones.
     """
     left = 0
     for tile in range(wide // LANES):
-        T = load(scan.carried, 4 * tile * LANES)
+        T = least(load(scan.carried, 4 * tile * LANES))
         first = tile * (1 + dstate)
         count = 0
         for j in range(scan.states[first]):
             n = scan.states[first + 1 + j]
-            if not forgotten(load(A, (tile * dstate + n) * LANES) * T):
+            if not forgotten(at(w.slowest, tile * dstate + n) * T):
                 count += 1
                 scan.states[first + count] = n
         scan.states[first] = count
         left += count
     return left > 0
-
-
-@part
-def remembered(scan, n, wide, dstate):
-    """Does any tile still need state n? Only what `forget` left counts, in ascending order."""
-    for tile in range(wide // LANES):
-        first = tile * (1 + dstate) + 1
-        for j in range(first, first + scan.states[first - 1]):
-            if scan.states[j] == n:
-                return True
-    return False
 
 
 @part
@@ -321,37 +319,29 @@ def scan_block(u, rows, first, w, transposed, scan, dim, dstate, dt_rank):
         first_state = c // LANES * (1 + dstate) + 1
         count = scan.states[first_state - 1]
         if count > 0:
-            _scan_tile(u, c, wide, w.A, scan, first_state, count, dstate)
+            _scan_tile(u, c, rows, wide, w.A, scan, first_state, count, dstate)
 
 
 @part
-def _scan_tile(u, c, wide, A, scan, first_state, count, dstate):
-    """ROWS positions of one tile of channels: the exponentials of a state for all of them side by side."""
+def _scan_tile(u, c, rows, wide, A, scan, first_state, count, dstate):
+    """`rows` positions of one tile of channels; what is behind them, up to ROWS, has neither time nor input."""
     T, value, lost_T, lost = quad(scan.carried, 4 * c)
     dt, times = scan.raw[c:], scan.times
     for i in range(ROWS):
         store(times, i * LANES, T)
         T, lost_T = added(load(dt, i * wide), T, lost_T)
-    k0 = k1 = k2 = k3 = k4 = k5 = k6 = k7 = full(u, 0.0)
-    for j in range(first_state, first_state + count):
-        n = scan.states[j]
-        rate = load(A, c * dstate + n * LANES)
-        k0 = k0 + at(scan.CB, n) * exp2(rate * load(times, 0))
-        k1 = k1 + at(scan.CB, dstate + n) * exp2(rate * load(times, LANES))
-        k2 = k2 + at(scan.CB, 2 * dstate + n) * exp2(rate * load(times, 2 * LANES))
-        k3 = k3 + at(scan.CB, 3 * dstate + n) * exp2(rate * load(times, 3 * LANES))
-        k4 = k4 + at(scan.CB, 4 * dstate + n) * exp2(rate * load(times, 4 * LANES))
-        k5 = k5 + at(scan.CB, 5 * dstate + n) * exp2(rate * load(times, 5 * LANES))
-        k6 = k6 + at(scan.CB, 6 * dstate + n) * exp2(rate * load(times, 6 * LANES))
-        k7 = k7 + at(scan.CB, 7 * dstate + n) * exp2(rate * load(times, 7 * LANES))
-    value, lost = added(load(dt, 0) * load(u, c) * k0, value, lost)
-    value, lost = added(load(dt, wide) * load(u, wide + c) * k1, value, lost)
-    value, lost = added(load(dt, 2 * wide) * load(u, 2 * wide + c) * k2, value, lost)
-    value, lost = added(load(dt, 3 * wide) * load(u, 3 * wide + c) * k3, value, lost)
-    value, lost = added(load(dt, 4 * wide) * load(u, 4 * wide + c) * k4, value, lost)
-    value, lost = added(load(dt, 5 * wide) * load(u, 5 * wide + c) * k5, value, lost)
-    value, lost = added(load(dt, 6 * wide) * load(u, 6 * wide + c) * k6, value, lost)
-    value, lost = added(load(dt, 7 * wide) * load(u, 7 * wide + c) * k7, value, lost)
+    for i in range(0, rows, 2):
+        t0, t1 = load(times, i * LANES), load(times, i * LANES + LANES)
+        k0 = k1 = full(u, 0.0)
+        for j in range(first_state, first_state + count):
+            n = at(scan.states, j)
+            rate = load(A, c * dstate + n * LANES)
+            place = i * dstate + n
+            k0 = k0 + at(scan.CB, place) * exp2(rate * t0)
+            k1 = k1 + at(scan.CB, place + dstate) * exp2(rate * t1)
+        place = i * wide
+        value, lost = added(load(dt, place) * load(u, place + c) * k0, value, lost)
+        value, lost = added(load(dt, place + wide) * load(u, place + wide + c) * k1, value, lost)
     store_quad(scan.carried, 4 * c, T, value, lost_T, lost)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..impl import AUTO, resolve
@@ -18,6 +19,7 @@ def last_scan(
     z: Tensor | None,
     lengths: Tensor,
     stride: int = 1,
+    order: Tensor | None = None,
     *,
     impl: str = AUTO,
 ) -> Tensor:
@@ -36,6 +38,8 @@ def last_scan(
         z: [B, E], output gate at the last position, or None.
         lengths: [B] integers, 1 to L: the last position is lengths - 1, later ones do not count.
         stride: 1 or more.
+        order: [E] int64, a permutation: channel e of p is channel order[e] of all else. None for the same order. A CPU
+            is faster where p's channels come in the order of their decay, the slowest first.
         impl: which implementation.
 
     Returns:
@@ -65,5 +69,15 @@ def last_scan(
     if isinstance(stride, bool) or not isinstance(stride, int) or stride < 1:
         raise ValueError(f"stride: expected an integer of at least 1, got {stride!r}")
     expect_lengths(lengths, sizes["B"], sizes["L"], p)
+    if order is not None:
+        expect_shape("order", order, ("E",), sizes)
+        if order.dtype != torch.int64 or order.device != p.device:
+            raise TypeError(f"order: expected int64 on {p.device}, got {order.dtype} on {order.device}")
+        places = torch.arange(sizes["E"], device=p.device)
+        if not torch.compiler.is_compiling() and not torch.equal(order.sort().values, places):
+            raise ValueError(
+                f"order: expected each of 0 to {len(order) - 1} once, got {len(order.unique())} numbers from "
+                f"{order.min()} to {order.max()}"
+            )
     function = resolve("last_scan", impl, p.device)
-    return function(p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z, lengths, stride)
+    return function(p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z, lengths, stride, order)
