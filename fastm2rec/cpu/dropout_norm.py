@@ -30,7 +30,7 @@ def _forward_op(e: Tensor, lengths: Tensor, weight: Tensor, bias: Tensor, eps: f
     dropout = _dropout(p, key, eps, dtype)
 
     def rows(first: int, last: int) -> None:
-        with scratch(3 * dim, dtype) as memory:
+        with scratch(kernels.scratch_size(dim), dtype) as memory:
             kernels.forward(*arrays, memory, *dropout, first, last, seqlen, dim)
 
     run(rows, batch, max(1, NUMBERS // (seqlen * dim)))
@@ -57,7 +57,7 @@ def _backward_op(
     dropout = _dropout(p, key, eps, dtype)
 
     def rows(first: int, last: int) -> None:
-        with scratch(3 * dim, dtype) as memory:
+        with scratch(kernels.scratch_size(dim), dtype) as memory:
             kernels.backward(*arrays, memory, *dropout, first, last, batch, seqlen, dim)
 
     run(rows, groups, max(1, NUMBERS // (seqlen * dim * kernels.GROUP)))
