@@ -7,7 +7,8 @@ With v = e k, k being 0 or 1 / (1 - p) for each number, and n = (v - mean) / sqr
 k is not kept but drawn again: it is a function of a key and of the number's place. e [B, L, C] is flat and contiguous,
 C a multiple of LANES. The sums of dw and db are left per group of GROUP rows.
 
-Positions are taken HALF at a time, as many as `totals` sums at once: one sum after the other takes longer than all else.
+Positions are taken HALF at a time, as many as `totals` sums at once: one sum after the other takes longer than all else
+does together.
 """
 
 from __future__ import annotations
