@@ -28,7 +28,7 @@ import torch
 from bench import _experiments, _results
 from bench.experiments import analyses, bootstrap
 from bench.experiments.execute import OutOfTimeError, Store
-from bench.experiments.plan import Experiment, Run, read
+from bench.experiments.plan import TEXT_FOLDER, Experiment, Run, read
 from fastm2rec.data import DataError
 from fastm2rec.training.runtime import Runtime
 
@@ -60,7 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     try:
-        plans = [read(path, options.data, options.device, options.threads) for path in options.files]
+        tables = options.work / TEXT_FOLDER
+        plans = [read(path, options.data, options.device, options.threads, tables) for path in options.files]
         deadline = time.monotonic() + 60 * options.budget_minutes
         for plan in plans:
             carry_out(plan, Store(options.work), records_folder(options), deadline, options.seeds)
@@ -97,7 +98,7 @@ def carry_out(plan: Experiment, store: Store, out: Path, deadline: float, seeds:
 
 def record_of(plan: Experiment, store: Store) -> dict[str, Any]:
     """What is known of an experiment so far: its runs, those that are missing, and the comparisons over users."""
-    rows, missing = [], []
+    rows, missing, data = [], [], {}
     for run in plan.runs:
         record = store.record(run)
         where = {"label": run.label, "dataset": run.dataset, "seed": run.seed}
@@ -105,6 +106,7 @@ def record_of(plan: Experiment, store: Store) -> dict[str, Any]:
             missing.append(where)
         else:
             rows.append({"label": run.label, **record})
+            data[run.dataset] = store.facts(run)
     return {
         "schema": _results.SCHEMA,
         "kind": "experiment",
@@ -113,6 +115,7 @@ def record_of(plan: Experiment, store: Store) -> dict[str, Any]:
         "compare_to": plan.compare_to,
         "device": _results.device_name(Runtime(plan.runs[0].config.train.device).device),
         **_results.origin(),
+        "data": data,
         "runs": rows,
         "missing": missing,
         "comparisons": comparisons(plan, store),

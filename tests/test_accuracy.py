@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from bench import _experiments, accuracy
-from bench.experiments import claims
+from bench.experiments import claims, figures, tables, text_tables, verdicts
 from bench.experiments.execute import OutOfTimeError, Store
 from bench.experiments.plan import read
+from fastm2rec.data import load_dataset, load_text_table, save_text_table
 from fastm2rec.training import RunFolder, evaluate
 
 TINY = """
@@ -67,6 +68,65 @@ def test_a_yaml_unfolds_to_runs_by_seed(tmp_path: Path) -> None:
 def test_a_wrong_yaml_is_refused_by_name(text: str, message: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=f"main.yaml: {message}"):
         read(_write(tmp_path, text))
+
+
+TEXTS = """
+question: Which text?
+compare_to: folder's own
+seeds: [0]
+options: {max_len: 8, d_model: 8, d_state: 4, batch_size: 250, prefixes_per_user: 1, epochs: 1}
+data: {synthetic: {}}
+models:
+  folder's own: {}
+  permuted: {text: permuted}
+"""
+
+
+def _permuted(folder: Path) -> Path:
+    out = folder / "text" / "synthetic" / "permuted.safetensors"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    text_tables.make("permuted", load_dataset("synthetic", text="auto"), "{title}", "no model", 1, out)
+    return out
+
+
+def test_a_run_is_told_by_what_its_text_table_holds(tmp_path: Path) -> None:
+    file = _write(tmp_path, TEXTS, "text")
+    missing = "text.yaml: text: there is no .*/a/text/synthetic/permuted.safetensors; bench/experiments/text_tables.py"
+    with pytest.raises(ValueError, match=missing):
+        read(file, tables=tmp_path / "a" / "text")
+    table = _permuted(tmp_path / "a")
+    first, again = (read(file, tables=_permuted(tmp_path / work).parents[1]) for work in "ab")
+    own, run = first.runs
+    assert run.options["text"].startswith("permuted ")
+    assert str(tmp_path) not in str(run.options), "no path of this machine"
+    assert [one.key for one in again.runs] == [own.key, run.key], "another place, the same content"
+    # The same name in another work folder, other content.
+    other = tmp_path / "c" / "text" / "synthetic" / table.name
+    other.parent.mkdir(parents=True)
+    rows = load_text_table(table)
+    save_text_table(other, rows._replace(embeddings=rows.embeddings.flip(0)))
+    changed = read(file, tables=other.parents[1]).runs
+    assert changed[0].key == own.key
+    assert changed[1].key != run.key
+
+
+def test_a_run_reads_the_table_that_it_names(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = _write(tmp_path, TEXTS, "text")
+    arguments = [str(file), "--work", str(tmp_path), "--threads", "1", "--device", "cpu"]
+    assert accuracy.main(arguments) == 2
+    assert "text_tables.py makes it" in capsys.readouterr().err
+    _permuted(tmp_path)
+    assert accuracy.main(arguments) == 0
+    plan, store = read(file, device="cpu", threads=1, tables=tmp_path / "text"), Store(tmp_path)
+    own, permuted = (store.inputs(run).text for run in plan.runs)
+    assert own is not None
+    assert permuted is not None
+    assert not permuted.equal(own)
+    assert sorted(permuted[1:].tolist()) == sorted(own[1:].tolist())
+    record = json.loads((tmp_path / "records" / "text.json").read_text())
+    assert record["runs"][1]["options"]["text"] == plan.runs[1].options["text"]
+    dataset = store.inputs(plan.runs[0]).dataset
+    assert record["data"] == {"synthetic": {"fingerprint": dataset.fingerprint(), **dataset.statistics()}}
 
 
 def test_every_experiment_of_the_project_can_be_read(root: Path) -> None:
@@ -146,23 +206,30 @@ def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert "expected an experiment's YAML file, or --report" in capsys.readouterr().err
 
 
-def _found(low: float, high: float, by_seed: list[float], relative: tuple[float, float] = (0.0, 0.0)) -> dict[str, Any]:
+def _found(low: float, high: float, by_seed: list[float], theirs: float = 0.2) -> dict[str, Any]:
+    """A comparison with a model that reached `theirs`."""
+    mean = sum(by_seed) / len(by_seed)
     return {
-        "low": low, "high": high, "by_seed": dict(enumerate(by_seed)), "relative_low": relative[0],
-        "relative_high": relative[1],
+        "difference": mean, "low": low, "high": high, "by_seed": dict(enumerate(by_seed)), "relative": mean / theirs,
+        "relative_low": low / theirs, "relative_high": high / theirs,
     }  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("found", "better", "published", "nothing"),
     [
-        (_found(0.01, 0.02, [0.01, 0.01, 0.02], (0.05, 0.1)), "held", "held", "held"),
-        (_found(0.01, 0.02, [0.01, 0.01], (0.05, 0.1)), "not settled", "not settled", "not settled"),
-        (_found(0.01, 0.02, [0.01, -0.01, 0.04], (0.05, 0.1)), "not settled", "not settled", "held"),
-        (_found(0.001, 0.002, [0.001, 0.001, 0.002], (0.01, 0.02)), "held", "not held", "held"),
-        (_found(-0.01, 0.02, [0.01, -0.01, 0.02], (-0.04, 0.1)), "not settled", "not settled", "held"),
-        (_found(-0.02, -0.01, [-0.01, -0.01, -0.02], (-0.04, -0.01)), "not held", "not held", "not held"),
-        (_found(-0.02, 0.02, [-0.01, 0.01, 0.0], (-0.2, 0.2)), "not settled", "not settled", "not settled"),
+        (_found(0.01, 0.02, [0.014, 0.015, 0.016]), "held", "held", "held"),
+        (_found(0.01, 0.02, [0.015, 0.015]), "not settled", "not settled", "not settled"),
+        # Student's interval over these seeds is 0.0133 +- 4.303 * 0.0058 / sqrt(3), and reaches below zero.
+        (_found(0.01, 0.02, [0.01, 0.01, 0.02]), "not settled", "not settled", "held"),
+        (_found(0.01, 0.02, [0.01, -0.03, 0.06]), "not settled", "not settled", "not settled"),
+        (_found(0.001, 0.002, [0.0014, 0.0015, 0.0016]), "held", "not held", "held"),
+        (_found(-0.009, 0.02, [0.004, 0.005, 0.006]), "not settled", "not settled", "held"),
+        (_found(-0.011, 0.02, [0.004, 0.005, 0.006]), "not settled", "not settled", "not settled"),
+        (_found(-0.02, -0.01, [-0.014, -0.015, -0.016]), "not held", "not held", "not held"),
+        # A relative difference of 3 % at most by users, and of more by seeds.
+        (_found(-0.002, 0.006, [-0.004, 0.002, 0.008]), "not settled", "not settled", "not settled"),
+        (_found(-0.002, 0.002, [0.0, 0.0, 0.0]), "not settled", "not settled", "not settled"),
     ],
 )
 def test_verdicts_follow_the_rules(found: dict[str, Any], better: str, published: str, nothing: str) -> None:
@@ -171,10 +238,26 @@ def test_verdicts_follow_the_rules(found: dict[str, Any], better: str, published
     assert claims.loses_nothing(found) == nothing
 
 
+def test_intervals_over_seeds_are_student_s() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    for freedom, quantile in enumerate(claims.STUDENT, start=1):
+        assert quantile == pytest.approx(stats.t.ppf(0.975, freedom), abs=5e-4)
+    values = [0.1, 0.4, 0.2, 0.3]
+    expected = stats.t.interval(0.95, 3, loc=0.25, scale=stats.sem(values))
+    assert claims.over_seeds(_found(0.0, 1.0, values)) == pytest.approx(expected, rel=1e-3)
+
+
 def test_verdicts_over_data_sets() -> None:
     assert claims.together(["held", "held"]) == "held"
     assert claims.together(["not held", "not held"]) == "not held"
     assert claims.together(["held", "not held"]) == "not settled"
+
+
+def test_a_claim_without_an_interval_needs_every_case_of_enough_seeds() -> None:
+    assert claims.everywhere([True] * 6, 3) == "held"
+    assert claims.everywhere([False] * 6, 3) == "not held"
+    assert claims.everywhere([True, True, False], 3) == "not settled"
+    assert claims.everywhere([True] * 6, 2) == claims.everywhere([False] * 6, 2) == "not settled"
 
 
 def test_the_setting_is_chosen_on_validation_alone() -> None:
@@ -182,7 +265,96 @@ def test_the_setting_is_chosen_on_validation_alone() -> None:
         return {"dataset": "d", "label": label, "valid": {"NDCG@10": valid}, "test": {"NDCG@10": test}}
 
     rows = [row("a", 0.3, 0.9), row("a", 0.1, 0.9), row("b", 0.25, 0.1), row("b", 0.25, 0.1), row("c", 0.9, 0.9)]
-    assert claims.chosen_on_validation({"runs": rows}, ["a", "b", "c"]) == [("d", "b")], "c has one seed only"
+    chosen = claims.chosen_on_validation({"runs": rows}, ["a", "b", "c"])
+    assert chosen == [claims.Choice("d", "b", among=2, all=3, seeds=2)], "c has one seed only"
+
+
+def test_what_wins_a_loss_back_is_said_where_there_is_one() -> None:
+    def run(dataset: str, label: str, valid: float) -> dict[str, Any]:
+        return {"dataset": dataset, "label": label, "valid": {"NDCG@10": valid}}
+
+    def compared(dataset: str, label: str, difference: float) -> dict[str, Any]:
+        found = _found(difference - 0.004, difference + 0.004, [difference] * 3)
+        return {**found, "dataset": dataset, "label": label, "metric": "NDCG@10", "split": "test", "users": 9}
+
+    described, ours, base = "M2Rec (inner)", "residual gate", "Mamba4Rec"
+    record = {
+        "name": "settings", "compare_to": base, "analysis": {},
+        "runs": [run(dataset, label, valid) for dataset in "lw" for label, valid in
+                 ((base, 0.9), (described, 0.1), (ours, 0.2))],
+        "comparisons": [compared("l", described, -0.2), compared("l", ours, 0.001), compared("w", described, 0.2),
+                        compared("w", ours, 0.3)],
+    }  # fmt: skip
+    everywhere, won_back = (found for _, found in verdicts.findings(record))
+    assert [(one.dataset, one.verdict) for one in everywhere] == [("l", "not settled"), ("w", "held")]
+    assert all("chosen among the 2 of 2 settings" in one.evidence for one in everywhere)
+    assert [(one.dataset, one.verdict) for one in won_back] == [("l", "held")]
+    assert won_back[0].evidence.index("-0.2000") < won_back[0].evidence.index("+0.0010")
+
+
+def test_text_is_said_to_matter_where_permuted_rows_are_worse() -> None:
+    found = _found(-0.02, -0.01, [-0.014, -0.015, -0.016], theirs=0.1)
+    row = {**found, "dataset": "d", "label": "MiniLM, rows permuted", "metric": "NDCG@10", "split": "test", "users": 9}
+    record = {"name": "text", "compare_to": "MiniLM", "analysis": {}, "comparisons": [row]}
+    ((claim, (finding,)),) = verdicts.findings(record)
+    assert claim.startswith("MiniLM ranks better than the same table with its rows permuted")
+    assert finding.verdict == "held"
+    # 0.015 -+ 4.303 * 0.001 / sqrt(3); and 1 / 0.85, 1 / 0.9 and 1 / 0.8, less 1
+    assert finding.evidence == (
+        "NDCG@10 +0.0150 [+0.0100, +0.0200] over users and [+0.0125, +0.0175] over seeds, "
+        "relative +17.6% [+11.1%, +25.0%]; 3 seeds, 9 users"
+    )
+
+
+@pytest.mark.parametrize(
+    ("seeds", "losses", "verdict", "smaller"),
+    [
+        (3, [0.1, 0.2, 0.3], "held", "3 of 3"),
+        (3, [0.1, 0.2, 0.5], "not settled", "2 of 3"),
+        (3, [0.5, 0.5, 0.5], "not held", "0 of 3"),
+        (2, [0.1, 0.2], "not settled", "2 of 2"),
+    ],
+)
+def test_robustness_is_claimed_by_every_seed(seeds: int, losses: list[float], verdict: str, smaller: str) -> None:
+    def rows(label: str, clean: float, lost: list[float]) -> list[dict[str, Any]]:
+        at = {"dataset": "d", "label": label}
+        noisy = [
+            {**at, "noise": "replaced", "share": 0.1, "seed": s, "NDCG@10": clean * (1 - x)} for s, x in enumerate(lost)
+        ]
+        return noisy + [{**at, "noise": "none", "share": 0.0, "seed": s, "NDCG@10": clean} for s in range(len(lost))]
+
+    analysis = {"kind": "noise", "rows": rows("M2Rec (inner)", 0.2, losses) + rows("Mamba4Rec", 0.6, [0.4] * seeds)}
+    ((_, (finding,)),) = verdicts.findings({"compare_to": "Mamba4Rec", "analysis": analysis})
+    assert (finding.verdict, finding.evidence) == (
+        verdict, f"the smaller loss in {smaller} pairs of noise and seed; {seeds} seeds",
+    )  # fmt: skip
+    shown = tables.noise(analysis)
+    assert f"| d | M2Rec (inner) | {seeds} | 0.2000 | {0.2 * (1 - sum(losses) / seeds):.4f} " in shown
+
+
+def test_the_origin_of_every_run_is_said() -> None:
+    def row(commit: str, created: str, **more: str) -> dict[str, Any]:
+        return {"commit": commit, "created": created, "torch": "2", **more}
+
+    record: dict[str, Any] = {"device": "here", "commit": "c", "analysis": {}, "runs": [row("a", "3"), row("a", "4")]}
+    assert tables.origins(record) == "here; torch 2; commit a."
+    record["runs"].insert(0, row("b", "1"))
+    assert tables.origins(record) == "here; torch 2; commits b (1 run), a (2 runs)."
+    record["runs"].append(row("a", "5", device="there"))
+    record["analysis"] = {"kind": "noise"}
+    assert tables.origins(record) == (
+        "here; torch 2; commits b (1 run), a (2 runs). there; torch 2; commit a (1 run). Analysed at commit c."
+    )
+
+
+@pytest.mark.parametrize(("panels", "shape"), [(1, (1, 1)), (2, (1, 2)), (3, (2, 2)), (4, (2, 2))])
+def test_a_figure_is_at_most_two_panels_wide(panels: int, shape: tuple[int, int]) -> None:
+    pytest.importorskip("matplotlib")
+    figure, made = figures._figure(panels, width=5.0, height=2.0)
+    assert figure.get_axes() == made
+    assert len(made) == panels
+    assert made[-1].get_gridspec().get_geometry() == shape
+    assert tuple(figure.get_size_inches()) == (max(6.0, 5.0 * shape[1]), 2.0 * shape[0])
 
 
 def test_the_report_says_what_the_records_say(done: Path, tmp_path: Path) -> None:
@@ -191,6 +363,8 @@ def test_the_report_says_what_the_records_say(done: Path, tmp_path: Path) -> Non
     text = _experiments.render([{"kind": "latency"}, record], tmp_path)
     assert f"| {record['runs'][-1]['test']['HR@10']:.4f} |" in text
     assert "Not run, for want of time: SASRec." in text
+    facts = record["data"]["synthetic"]
+    assert f"| synthetic | {facts['users']} | {facts['items']} | {facts['events']:,} |" in text
     assert "**M2Rec (inner) ranks better than Mamba4Rec.** Not settled." in text
     assert (tmp_path / "main.png").read_bytes().startswith(b"\x89PNG")
     assert "python bench/accuracy.py bench/experiments/main.yaml" in text

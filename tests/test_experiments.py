@@ -12,10 +12,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.experiments import bootstrap, cold_start, noise, ranks, spectrum
+from bench.experiments import bootstrap, claims, cold_start, noise, ranks, spectrum, text_tables
 from fastm2rec import GRU4RecConfig, M2Rec, SequentialRecommender, build_model
+from fastm2rec.data import load_dataset, load_text_table
+from fastm2rec.text import load_encoder
 from fastm2rec.training import RunFolder
 from tests import _runs
+from tests._encoders import small_model
 
 
 def test_gru4rec_is_the_recurrence_written_out() -> None:
@@ -82,6 +85,7 @@ def test_ranks_of_users_are_those_of_the_evaluation(tmp_path: Path) -> None:
     n = _runs.inputs().dataset.n_items
     below = [sum(other > rank for other in range(1, n + 1)) / (n - 1) for rank in found.tolist()]
     assert ranks.per_user(found.numpy(), f"AUC@{n}").tolist() == pytest.approx(below)
+    assert ranks.per_user(np.array([(n + 1) / 2]), f"AUC@{n}") == 0.5, "the middle rank"
     ranks.save(tmp_path / "ranks.npz", test=found, valid=found + 70_000)
     loaded = ranks.load(tmp_path / "ranks.npz")
     assert np.array_equal(loaded["test"], found.numpy())
@@ -103,6 +107,11 @@ def test_bootstrap_interval_is_that_of_the_paired_mean() -> None:
     assert found["low"] == pytest.approx(gains.mean() - 1.96 * error, abs=0.3 * error)
     assert found["high"] == pytest.approx(gains.mean() + 1.96 * error, abs=0.3 * error)
     assert found["relative"] == pytest.approx(gains.mean() / hits.mean())
+    turned, other = claims.turned(found), bootstrap.compare(theirs, ours, "HR@10")
+    assert turned["by_seed"] == other["by_seed"]
+    for name in ("difference", "low", "high", "relative", "relative_low", "relative_high"):
+        # A quantile between two draws is not the same after 1 / x; draws lie some 1e-4 of the interval apart.
+        assert turned[name] == pytest.approx(other[name], rel=1e-3), name
     same = bootstrap.compare(theirs, theirs, "NDCG@10")
     assert (same["difference"], same["low"], same["high"]) == (0, 0, 0)
     with pytest.raises(ValueError, match="expected a seed in common"):
@@ -212,3 +221,64 @@ def test_the_share_of_slow_power_is_chance_in_random_order() -> None:
     assert share["chance"] == pytest.approx(4 / 19), "two of ten frequencies, the last of which stands alone"
     assert share["low"] - (share["high"] - share["low"]) < share["chance"] < share["high"] * 2 - share["low"]
     assert spectrum.slow_share(x.cumsum(dim=1), 0.1)["low"] > 0.5, "a random walk is slow"
+
+
+def test_tfidf_is_that_of_the_words_written_out() -> None:
+    pytest.importorskip("sklearn")
+    words = ["soap", "rose", "oil", "hair", "nail", "red"]
+    texts = [" ".join([words[i], words[j], words[j]]) for i in range(6) for j in range(i)]
+    counts = np.array([[text.split().count(word) for word in words] for text in texts], dtype=float)
+    weights = np.where(counts > 0, 1 + np.log(np.maximum(counts, 1)), 0)
+    weights *= np.log((1 + len(texts)) / (1 + (counts > 0).sum(axis=0))) + 1
+    weights /= np.linalg.norm(weights, axis=1, keepdims=True)
+    left, values, _ = np.linalg.svd(weights, full_matrices=False)
+    for width in (3, 5):
+        kept = left[:, :width] * values[:width]
+        made = text_tables.tfidf(texts, width)
+        assert made.shape == (len(texts), width)
+        # float32, and a randomised SVD of five iterations: the last singular values are close to each other.
+        np.testing.assert_allclose(made @ made.T, kept @ kept.T, atol=2e-2)
+    assert torch.equal(made, text_tables.tfidf(texts, 5)), "the same every time"
+    # Turned: no feature has much more variance than another, as the singular vectors have.
+    assert float(made.var(dim=0).max() / made.var(dim=0).min()) < float(
+        np.var(kept, axis=0).max() / np.var(kept, axis=0).min()
+    )
+
+
+def test_permuted_rows_are_the_same_rows() -> None:
+    table = torch.arange(300.0).view(100, 3)
+    made = text_tables.permuted(table)
+    assert made.sort(dim=0).values.equal(table)
+    # A random order keeps a place with probability 1 / n, so about one of the hundred.
+    assert int((made == table).all(dim=1).sum()) < 10
+    assert made.equal(text_tables.permuted(table))
+
+
+@pytest.mark.slow
+def test_text_tables_of_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sklearn")
+    pytest.importorskip("datasets")
+    model = small_model()
+    monkeypatch.setattr(text_tables, "FULL", {"synthetic": "{title}, {categories: }"})
+    arguments = ["--data", str(tmp_path), "--work", str(tmp_path), "--datasets", "synthetic", "--model", model]
+    assert text_tables.main([*arguments, "--pairs", "192"]) == 0  # three steps, the first at a learning rate of 0
+    folder = tmp_path / "text" / "synthetic"
+    files = {path.stem: path for path in folder.glob("*.safetensors")}
+    assert files.keys() == set(text_tables.NAMES)
+    loaded = load_dataset("synthetic", text="auto")
+    rows = {name: load_text_table(path) for name, path in files.items()}
+    assert all(table.items == list(loaded.dataset.vocab.items) for table in rows.values())
+    assert loaded.items is not None
+    full = text_tables.Template("{title}, {categories: }")
+    for name, folder_or_name, template in (
+        ("titles", model, text_tables.Template("{title}")),
+        ("tuned", str(folder / "tuned-encoder"), full),
+    ):
+        texts = [template.render(row) for row in loaded.items.head(3).iter_rows(named=True)]
+        made = load_encoder(folder_or_name, device="cpu").encode(texts)
+        np.testing.assert_allclose(rows[name].embeddings[:3], made, atol=1e-5)
+    untuned = load_encoder(model, device="cpu").encode(texts)
+    assert np.abs(untuned - made).max() > 1e-3, "tuned"
+    before = {path: path.stat().st_mtime_ns for path in files.values()}
+    assert text_tables.main(arguments) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "made once"

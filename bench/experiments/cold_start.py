@@ -65,7 +65,7 @@ def grouped(values: np.ndarray, edges: Sequence[int]) -> list[tuple[str, np.ndar
 
 def analyse(options: Mapping[str, Any], runs: list[Run], store: Store) -> dict[str, Any]:
     """Rows by group of users and of targets, rows of unseen targets with their own vectors and with vectors from text,
-    and the comparison of these two."""
+    and the comparisons of the latter with the former and with a random order."""
     rows: list[dict[str, Any]] = []
     unseen_ranks: dict[tuple[str, str, int], tuple[dict[int, np.ndarray], dict[int, np.ndarray]]] = {}
     for run in runs:
@@ -95,10 +95,12 @@ def analyse(options: Mapping[str, Any], runs: list[Run], store: Store) -> dict[s
             rows.append({**where, "by": "unseen", "group": "vectors from text", **_summary(scored[unseen])})
             rows.append({**where, "by": "everybody", "group": "own vectors", **_summary(found)})
             rows.append({**where, "by": "everybody", "group": "vectors from text", **_summary(scored)})
-    compared = [
-        {"dataset": dataset, "label": label, **bootstrap.compare(from_text, own, f"AUC@{n_items}")}
-        for (dataset, label, n_items), (own, from_text) in unseen_ranks.items()
-    ]
+    compared = []
+    for (name, label, n_items), (own, from_text) in unseen_ranks.items():
+        random = {seed: np.full(len(found), (n_items + 1) / 2) for seed, found in own.items()}  # its AUC is 0.5
+        for against, theirs in (("own vectors", own), ("random order", random)):
+            difference = bootstrap.compare(from_text, theirs, f"AUC@{n_items}")
+            compared.append({"dataset": name, "label": label, "against": against, **difference})
     return {"kind": "cold_start", "rows": rows, "comparisons": compared}
 
 

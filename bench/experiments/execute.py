@@ -14,6 +14,7 @@ from fastm2rec.base import SequentialRecommender
 from fastm2rec.storage import read_json
 from fastm2rec.training import Inputs, RunFolder, load_inputs, train
 from fastm2rec.training.inputs import reads_text
+from fastm2rec.training.run import MANIFEST
 from fastm2rec.training.runtime import Runtime
 
 RECORD, RANKS, FOLDER = "record.json", "ranks.npz", "run"
@@ -55,6 +56,11 @@ class Store:
         """A finished run's model."""
         return SequentialRecommender.from_pretrained(self.folder / run.key / FOLDER / "best")
 
+    def facts(self, run: Run) -> dict[str, Any]:
+        """Sizes and fingerprint of the data that a run has read."""
+        facts = read_json(self.folder / run.key / FOLDER / MANIFEST)["data"]
+        return {name: value for name, value in facts.items() if name not in ("files", "text")}
+
     def history(self, run: Run) -> list[dict[str, Any]]:
         """The lines of a run's metrics.jsonl."""
         return RunFolder(self.folder / run.key / FOLDER).metrics()
@@ -89,7 +95,7 @@ class Store:
             "key": run.key,
             "dataset": run.dataset,
             "seed": run.seed,
-            "options": {name: value for name, value in run.config.to_dict().items() if name != "data"},
+            "options": run.options,
             "parameters": sum(value.numel() for value in model.parameters()),
             "epochs": result.epochs,
             "best_epoch": steps[result.best_step],

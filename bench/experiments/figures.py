@@ -10,13 +10,23 @@ from typing import Any
 PALETTE = ("#0b6e99", "#c8553d", "#5b8c3a", "#8d6a9f", "#b8860b", "#444444")
 
 
-def _figure(panels: int, width: float = 4.6, height: float = 3.6) -> Any:
+MOST_COLUMNS = 2  # a page is no wider; panels beyond go below
+
+
+def _figure(panels: int, width: float = 4.6, height: float = 3.6, columns: int = MOST_COLUMNS) -> tuple[Any, list[Any]]:
+    """A figure and its panels, each `width` by `height` inches."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    return plt.subplots(1, panels, figsize=(max(6.0, width * panels), height), squeeze=False, layout="constrained")
+    columns = min(columns, panels)
+    lines = -(-panels // columns)
+    size = max(6.0, width * columns), height * lines
+    figure, grid = plt.subplots(lines, columns, figsize=size, squeeze=False, layout="constrained")
+    for unused in grid.flat[panels:]:
+        unused.remove()
+    return figure, list(grid.flat[:panels])
 
 
 def _save(figure: Any, path: Path) -> str:
@@ -33,7 +43,7 @@ def differences(record: Mapping[str, Any], path: Path, metric: str = "NDCG@10") 
     datasets = list(dict.fromkeys(row["dataset"] for row in rows))
     most = max(sum(row["dataset"] == dataset for row in rows) for dataset in datasets)
     figure, panels = _figure(len(datasets), 5.2, 1.2 + 0.34 * most)
-    for panel, dataset in zip(panels[0], datasets, strict=True):
+    for panel, dataset in zip(panels, datasets, strict=True):
         own = [row for row in rows if row["dataset"] == dataset][::-1]
         for place, row in enumerate(own):
             seeds = len(row["by_seed"])
@@ -46,7 +56,7 @@ def differences(record: Mapping[str, Any], path: Path, metric: str = "NDCG@10") 
         panel.set_xlabel(f"test {metric} less {record['compare_to']}'s", fontsize=8)
         panel.tick_params(axis="x", labelsize=8)
         panel.locator_params(axis="x", nbins=5)
-        panel.margins(y=0.3 / len(own))
+        panel.set_ylim(len(own) - most - 0.5, len(own) - 0.5)  # as close in every panel, from the top
         panel.grid(axis="x", alpha=0.25)
     return _save(figure, path)
 
@@ -55,7 +65,7 @@ def against(record: Mapping[str, Any], option: str, path: Path, text: str) -> st
     """Test and validation NDCG@10 against a numeric option, where that alone differs; `compare_to` as a line."""
     datasets = list(dict.fromkeys(row["dataset"] for row in record["runs"]))
     figure, panels = _figure(len(datasets))
-    for panel, dataset in zip(panels[0], datasets, strict=True):
+    for panel, dataset in zip(panels, datasets, strict=True):
         here = [row for row in record["runs"] if row["dataset"] == dataset]
         groups: dict[tuple[str, str], dict[float, list[float]]] = {}
         for row in here:
@@ -78,7 +88,7 @@ def against(record: Mapping[str, Any], option: str, path: Path, text: str) -> st
         panel.set_title(dataset, fontsize=10)
         panel.set_xlabel(text)
         panel.set_ylabel("NDCG@10")
-        panel.legend(fontsize=7)
+        panel.legend(fontsize=7, handlelength=4)  # long enough to tell a dashed line
         panel.grid(alpha=0.25)
     return _save(figure, path)
 
@@ -103,7 +113,7 @@ def spectrum(analysis: Mapping[str, Any], path: Path, theta: float) -> str:
         "text of the items": (PALETTE[0], "-"), "text, shuffled in time": (PALETTE[0], ":"),
         "before the filter": (PALETTE[1], "-"), "after the filter": (PALETTE[2], "--"),
     }  # fmt: skip
-    for panel, name in zip(panels[0], names, strict=True):
+    for panel, name in zip(panels, names, strict=True):
         for row in rows:
             if row["dataset"] == name:
                 x = [(place + 1) / row["length"] for place in range(len(row["power"]))]
@@ -112,10 +122,10 @@ def spectrum(analysis: Mapping[str, Any], path: Path, theta: float) -> str:
         panel.axvline(theta, color="#444444", linewidth=0.8, linestyle="--")
         panel.set_title(name, fontsize=10)
         panel.set_xlabel("cycles per step")
+        panel.set_ylabel("share of the power")
         panel.set_ylim(bottom=0)
         panel.grid(alpha=0.25)
         panel.legend(fontsize=7)
-    panels[0][0].set_ylabel("share of the power")
     return _save(figure, path)
 
 
@@ -123,10 +133,11 @@ def dynamics(analysis: Mapping[str, Any], path: Path) -> str:
     """alpha, beta and theta against the epoch."""
     rows = analysis["rows"]
     names = [name for name in ("alpha", "beta", "theta") if any(name in row for row in rows)]
-    figure, panels = _figure(len(names), 4.0)
+    figure, panels = _figure(len(names), 4.0, columns=3)
+    units = {"theta": "theta (cycles per step)"}
     keys = list(dict.fromkeys((row["dataset"], row["label"], row["seed"]) for row in rows))
     start = {"alpha": 0.5, "beta": 0.5}
-    for panel, name in zip(panels[0], names, strict=True):
+    for panel, name in zip(panels, names, strict=True):
         for place, key in enumerate(keys):
             own: Sequence[Mapping[str, Any]] = [
                 row for row in rows if (row["dataset"], row["label"], row["seed"]) == key and name in row
@@ -135,8 +146,8 @@ def dynamics(analysis: Mapping[str, Any], path: Path) -> str:
             if name in start:
                 x, y = [0, *x], [start[name], *y]
             panel.plot(x, y, marker="o", markersize=3, color=PALETTE[place % len(PALETTE)], label=f"{key[0]}, {key[1]}")
-        panel.set_title(name)
+        panel.set_title(units.get(name, name), fontsize=10)
         panel.set_xlabel("epoch")
         panel.grid(alpha=0.25)
-    panels[0][0].legend(fontsize=7)
+    panels[0].legend(fontsize=7)
     return _save(figure, path)

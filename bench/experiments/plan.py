@@ -12,11 +12,13 @@ two experiments ask for is one run.
       SASRec: {model: sasrec, seeds: [0], for: {amazon-beauty: {epochs: 2}, ml-100k: null}}
     analysis: {kind: noise, ...}                  what is done with the trained models, if anything
 
-`seeds` of a model replace those of the experiment; `for` holds its options for one data set, null leaves it out.
+`seeds` of a model replace those of the experiment; `for` holds its options for one data set, null leaves it out. `text`
+is auto, none, or the name of a table that text_tables.py made.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -26,13 +28,28 @@ from typing import Any
 
 import yaml
 
+from fastm2rec.data import load_text_table
 from fastm2rec.training import RunConfig
 
 # Where files are and how a run is watched: what its result does not depend on.
 _PLACE = ("data", "threads", "checkpoint_every", "tensorboard", "device", "eval_batch")
 
+TEXT_FOLDER = "text"  # of the text tables, in the work folder
+_NO_FILE = ("auto", "none")
 
 ANALYSES = ("noise", "cold_start", "spectrum", "dynamics")
+
+
+def text_table(folder: Path, dataset: str, name: str) -> Path:
+    """Where a table that text_tables.py made lies."""
+    return folder / dataset / f"{name}.safetensors"
+
+
+@functools.cache
+def _digest(file: Path) -> str:
+    table = load_text_table(file)  # not the file's header, which says where the encoder lay
+    content = json.dumps(table.items).encode() + table.embeddings.numpy().tobytes()
+    return hashlib.sha256(content).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -45,9 +62,18 @@ class Run:
     config: RunConfig
 
     @property
+    def options(self) -> dict[str, Any]:
+        """Every option but the place of the data; a text table's file by its name and a digest of its content."""
+        options = {name: value for name, value in self.config.to_dict().items() if name != "data"}
+        if options["text"] not in _NO_FILE:
+            file = Path(options["text"])
+            options["text"] = f"{file.stem} {_digest(file)}"
+        return options
+
+    @property
     def key(self) -> str:
         """A digest of every option that the result depends on."""
-        options = {name: value for name, value in self.config.to_dict().items() if name not in _PLACE}
+        options = {name: value for name, value in self.options.items() if name not in _PLACE}
         return hashlib.sha256(json.dumps(options, sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -70,28 +96,34 @@ class Experiment:
     analysis: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read(path: Path, data: Path | None = None, device: str = "auto", threads: int = 0) -> Experiment:
+def read(
+    path: Path, data: Path | None = None, device: str = "auto", threads: int = 0, tables: Path | None = None
+) -> Experiment:
     """The experiment in a YAML file.
 
     Args:
         path: the file.
         data: the folder that holds one folder for each data set; the data set `synthetic` needs none.
         device, threads: where the runs are made.
+        tables: the folder of the text tables; without, a run that reads one has no key.
 
     Raises:
-        ValueError: a key that is missing or unknown, or options that `RunConfig` refuses; the message names the file.
+        ValueError: a key that is missing or unknown, options that `RunConfig` refuses, or a text table that is not
+            there; the message names the file.
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(values, dict):
             raise ValueError(f"expected a mapping, got {type(values).__name__}")
-        return _unfold(path.stem, values, data, {"device": device, "threads": threads})
+        return _unfold(path.stem, values, data, {"device": device, "threads": threads}, tables)
     except (KeyError, TypeError, ValueError, yaml.YAMLError) as error:
         what = f"there is no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())
         raise ValueError(f"{path}: {what}") from None
 
 
-def _unfold(name: str, values: dict[str, Any], data: Path | None, place: dict[str, Any]) -> Experiment:
+def _unfold(
+    name: str, values: dict[str, Any], data: Path | None, place: dict[str, Any], tables: Path | None
+) -> Experiment:
     known = {"question", "compare_to", "seeds", "options", "data", "models", "analysis"}
     if strangers := sorted(set(values) - known):
         raise ValueError(f"{', '.join(strangers)}: no key of an experiment; it has {', '.join(sorted(known))}")
@@ -111,8 +143,16 @@ def _unfold(name: str, values: dict[str, Any], data: Path | None, place: dict[st
                     continue
                 where = {} if dataset == "synthetic" or data is None else {"data": str(data / dataset)}
                 options = {**values.get("options", {}), **(of_data or {}), **own, **here, **where, **place}
+                if tables is not None and options.get("text", "auto") not in _NO_FILE:
+                    options["text"] = str(_existing(text_table(tables, dataset, options["text"])))
                 config = RunConfig.from_dict({**options, "dataset": dataset, "seed": seed})
                 runs.append(Run(label, dataset, seed, config))
     if not runs:
         raise ValueError("models, seeds, data: expected at least one run, got none")
     return Experiment(name, values["question"], values["compare_to"], tuple(runs), analysis)
+
+
+def _existing(file: Path) -> Path:
+    if not file.exists():
+        raise ValueError(f"text: there is no {file}; bench/experiments/text_tables.py makes it")
+    return file

@@ -34,15 +34,19 @@ def of_runs(record: Mapping[str, Any]) -> str:
             for row in record["comparisons"]
             if (row["dataset"], row["split"], row["metric"]) == (dataset, "test", "NDCG@10")
         }
-        against = f"NDCG@10 less {record['compare_to']}'s"
-        header = ["model", "seeds", "samples seen", "stopped", "valid NDCG@10", *SHOWN, against, "so it is"]
+        against = f"NDCG@10 less {record['compare_to']}'s, same seeds"
+        strides = len({row["options"].get("stride", 1) for row in here}) > 1
+        header = ["model", "seeds", *["positions scanned"] * strides, "samples seen", "epochs", "best epoch"]
+        header += ["still rising", "valid NDCG@10", *SHOWN, against, "verdict"]
         rows = []
         for label in dict.fromkeys(row["label"] for row in here):
             own = [row for row in here if row["label"] == label]
             figures = [spread([row["valid"]["NDCG@10"] for row in own])]
             figures += [spread([row["test"][name] for row in own]) for name in SHOWN]
             asked = len(own) + sum(row["label"] == label for row in missing)
-            rows.append([label, f"{len(own)} of {asked}", *_effort(own), *figures, *_difference(found.get(label))])
+            scanned = [_scanned(own[0]["options"])] * strides
+            effort = [f"{len(own)} of {asked}", *scanned, *_effort(own)]
+            rows.append([label, *effort, *figures, *_difference(found.get(label))])
         absent = [
             label for label in dict.fromkeys(row["label"] for row in missing) if label not in {r[0] for r in rows}
         ]
@@ -55,16 +59,24 @@ def of_runs(record: Mapping[str, Any]) -> str:
 
 
 def _effort(own: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Samples seen in training, and how it ended."""
+    """Samples seen in training, epochs, the best of these, and in how many runs that was the last one."""
     options = own[0]["options"]
-    epochs = [row["epochs"] for row in own]
     seen = f"{statistics.fmean(row['steps'] for row in own) * options['batch_size'] / 1000:.0f} k"
     if options["model"] == "bert4rec" or options["positions"] == "all":
         seen += " sequences"
-    shown = f"{min(epochs)}" if min(epochs) == max(epochs) else f"{min(epochs)} to {max(epochs)}"
     rising = sum(row["best_epoch"] == row["epochs"] for row in own)
-    end = "nothing got better" if not rising else "still rising" if rising == len(own) else "some still rising"
-    return [seen, f"after {shown} epochs, {end}"]
+    spans = [_span([row[name] for row in own]) for name in ("epochs", "best_epoch")]
+    return [seen, *spans, f"{rising} of {len(own)}"]
+
+
+def _span(values: Sequence[int]) -> str:
+    return f"{min(values)}" if min(values) == max(values) else f"{min(values)} to {max(values)}"
+
+
+def _scanned(options: Mapping[str, Any]) -> str:
+    """How many positions the scan reads of a full sequence: every stride-th, counted back from the last."""
+    length, stride = options["max_len"], options.get("stride", 1)
+    return f"{-(-length // stride)} of {length}"
 
 
 def _difference(found: Mapping[str, Any] | None) -> list[str]:
@@ -76,26 +88,70 @@ def _difference(found: Mapping[str, Any] | None) -> list[str]:
     return [what, word]
 
 
+def datasets(records: Sequence[Mapping[str, Any]]) -> str:
+    """What was read: sizes after the k-core, and a digest of events and item ids."""
+    known = {name: facts for record in records for name, facts in record.get("data", {}).items()}
+    rows = [
+        [name, f"{facts['users']:,}", f"{facts['items']:,}", f"{facts['events']:,}", f"{facts['median_length']}",
+         f"`{facts['fingerprint'][:12]}`"]
+        for name, facts in known.items()
+    ]  # fmt: skip
+    header = ["data set", "users", "items", "events", "median events of a user", "fingerprint"]
+    return markdown(header, rows) if rows else ""
+
+
+def origins(record: Mapping[str, Any]) -> str:
+    """Where a record's runs come from: device, torch and commits, the oldest first; and who made the analysis."""
+    places: dict[tuple[str, str], dict[str, int]] = {}
+    for row in sorted(record["runs"], key=lambda row: row["created"]):
+        commits = places.setdefault((row.get("device", record["device"]), row["torch"]), {})
+        commits[str(row["commit"])] = commits.get(str(row["commit"]), 0) + 1
+    parts = []
+    for (device, version), commits in places.items():
+        several = len(commits) > 1 or len(places) > 1
+        counted = [
+            f"{commit} ({count} run{'s' * (count != 1)})" if several else commit for commit, count in commits.items()
+        ]
+        parts.append(f"{device}; torch {version}; commit{'s' * (len(commits) > 1)} {', '.join(counted)}.")
+    known = {commit for commits in places.values() for commit in commits}
+    if record["analysis"] and known != {str(record["commit"])}:
+        parts.append(f"Analysed at commit {record['commit']}.")
+    return " ".join(parts)
+
+
 def noise(analysis: Mapping[str, Any]) -> str:
-    """NDCG@10 under each noise, and the share of the clean value that is lost."""
-    kinds = list(dict.fromkeys((row["noise"], row["share"]) for row in analysis["rows"]))
-    header = ["data set", "model", *(f"{kind} {share:.0%}" if share else "clean" for kind, share in kinds)]
+    """NDCG@10 under each noise, the mean over seeds, and the change against clean input."""
+    kinds = _noises(analysis)
+    header = ["data set", "model", "seeds", "clean", *(f"{kind} {share:.0%}" for kind, share in kinds)]
     rows = []
     for dataset, label in dict.fromkeys((row["dataset"], row["label"]) for row in analysis["rows"]):
-        values = {kind: mean_at(analysis, dataset, label, *kind) for kind in kinds}
-        clean = values["none", 0.0]
-        cells = [f"{value:.4f}" + (f" ({value / clean - 1:+.1%})" if kind[1] else "") for kind, value in values.items()]
-        rows.append([dataset, label, *cells])
+        values = _under(analysis, dataset, label)
+        clean = statistics.fmean(at["none", 0.0] for at in values.values())
+        means = [statistics.fmean(at[kind] for at in values.values()) for kind in kinds]
+        cells = [f"{clean:.4f}", *(f"{mean:.4f} ({mean / clean - 1:+.1%})" for mean in means)]
+        rows.append([dataset, label, str(len(values)), *cells])
     return markdown(header, rows, left=2)
 
 
-def mean_at(analysis: Mapping[str, Any], dataset: str, label: str, kind: str, share: float) -> float:
-    """NDCG@10 of a model under a noise, the mean over its seeds."""
-    return statistics.fmean(
-        row["NDCG@10"]
-        for row in analysis["rows"]
-        if (row["dataset"], row["label"], row["noise"], row["share"]) == (dataset, label, kind, share)
-    )
+def losses(analysis: Mapping[str, Any], dataset: str, label: str) -> dict[int, dict[tuple[str, float], float]]:
+    """By seed and noise, the share of a model's clean NDCG@10 that is lost."""
+    return {
+        seed: {kind: 1 - at[kind] / at["none", 0.0] for kind in _noises(analysis)}
+        for seed, at in _under(analysis, dataset, label).items()
+    }
+
+
+def _noises(analysis: Mapping[str, Any]) -> list[tuple[str, float]]:
+    return [kind for kind in dict.fromkeys((row["noise"], row["share"]) for row in analysis["rows"]) if kind[1]]
+
+
+def _under(analysis: Mapping[str, Any], dataset: str, label: str) -> dict[int, dict[tuple[str, float], float]]:
+    """A model's NDCG@10 by seed and noise."""
+    found: dict[int, dict[tuple[str, float], float]] = {}
+    for row in analysis["rows"]:
+        if (row["dataset"], row["label"]) == (dataset, label):
+            found.setdefault(row["seed"], {})[row["noise"], row["share"]] = row["NDCG@10"]
+    return found
 
 
 def cold_start(analysis: Mapping[str, Any], by: Sequence[str]) -> str:
@@ -104,7 +160,7 @@ def cold_start(analysis: Mapping[str, Any], by: Sequence[str]) -> str:
     labels = list(dict.fromkeys(row["label"] for row in chosen))
     rows = []
     for dataset, kind, group in dict.fromkeys((row["dataset"], row["by"], row["group"]) for row in chosen):
-        cells, users = [], 0
+        cells, users, seeds = [], 0, []
         for label in labels:
             at = [
                 row
@@ -112,11 +168,12 @@ def cold_start(analysis: Mapping[str, Any], by: Sequence[str]) -> str:
                 if (row["dataset"], row["by"], row["group"], row["label"]) == (dataset, kind, group, label)
             ]
             users = max([users, *(row["users"] for row in at)])
+            seeds += [len(at)] * bool(at)
             scored = [row for row in at if row["users"]]
             if not scored:
                 cells.append("")
                 continue
             rank = statistics.fmean(row["median_rank"] for row in scored)
             cells.append(f"{statistics.fmean(row['NDCG@10'] for row in scored):.4f}, median rank {rank:,.0f}")
-        rows.append([dataset, kind, group, f"{users:,}", *cells])
-    return markdown(["data set", "by", "group", "users", *labels], rows, left=3)
+        rows.append([dataset, kind, group, f"{users:,}", _span(seeds), *cells])
+    return markdown(["data set", "by", "group", "users", "seeds", *labels], rows, left=3)
