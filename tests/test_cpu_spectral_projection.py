@@ -103,14 +103,29 @@ def _gradients_but_for_the_basis(inputs: list[Any], dy: Tensor, options: dict[st
 
 
 def test_a_basis_is_recognised_by_its_values() -> None:
+    def recognised(basis: Tensor, dim: int = 32) -> bool:
+        return module._fourier_products(basis, torch.zeros(dim, 4), torch.float32) is not None
+
     basis = row_basis(torch.tensor([20]), 20, 5, "fourier")[0]
-    x, taps = torch.zeros(1, 20, 4), torch.zeros(32, 4)
-    assert module._is_fourier(x, basis, taps)
+    assert recognised(basis)
     basis[3, 2] += 1e-3
-    assert not module._is_fourier(x, basis, taps), "changed in place"
-    assert not module._is_fourier(x, row_basis(torch.tensor([20]), 20, 5, "dct")[0], taps)
-    assert not module._is_fourier(x, row_basis(torch.tensor([19]), 20, 5, "fourier")[0], taps), "a row's own length"
-    assert not module._is_fourier(x, row_basis(torch.tensor([20]), 20, 5, "fourier")[0], torch.zeros(31, 4))
+    assert not recognised(basis), "changed in place"
+    assert not recognised(row_basis(torch.tensor([20]), 20, 5, "dct")[0])
+    assert not recognised(row_basis(torch.tensor([19]), 20, 5, "fourier")[0]), "a row's own length"
+    assert not recognised(row_basis(torch.tensor([20]), 20, 5, "fourier")[0], dim=31)
+
+
+def test_a_basis_first_seen_in_inference_mode_can_be_trained_with() -> None:
+    basis = row_basis(torch.tensor([100]), 100, 21, "fourier")[0]
+    inputs: list[Any] = [
+        torch.randn(3, 100, 8), basis, None, torch.randn(32, 8, requires_grad=True), None, torch.randn(32, 4), None
+    ]  # fmt: skip
+    with torch.inference_mode():
+        first = _call(spectral_projection, inputs, conv_first=True)
+    second = _call(spectral_projection, inputs, conv_first=True)
+    second.sum().backward()
+    assert torch.equal(first, second.detach())
+    assert inputs[3].grad.isfinite().all()
 
 
 def test_under_autocast_products_are_half_precision_and_nothing_breaks() -> None:

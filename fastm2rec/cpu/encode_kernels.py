@@ -6,11 +6,11 @@ position alone, is done for ROWS rows of the batch at once. A row's result does 
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
+from .borrow import borrower
 from .compiler import entry, part
 from .parts import (
     ROWS,
@@ -30,10 +30,6 @@ from .parts import (
 from .row_kernels import INPUT, NONE, read_block, spectrum_of, transform
 from .simd import LANES, at, full, gelu, load, sigmoid, store, total
 from .symmetry_kernels import GROUP
-
-# Does not count the references to its arrays, nor does what it calls: that takes longer than a few rows' arithmetic.
-_BORROWS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "_nrt": False}
-_borrower = njit(**_BORROWS)
 
 LINEAR, CONSTANT, CONTEXT = range(1, 4)  # the gate; NONE has none
 
@@ -175,7 +171,7 @@ def _known(ids, start, length, seqlen, n_items):
     return True
 
 
-@_borrower
+@borrower
 def _scan_row(ids, start, n, shape, table, filter, head, w, transposed, one, x, bins, done, u, scan):
     """Items to the scan's state."""
     wide = padded(shape.dim)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .arrays import as_flat, scratch
@@ -93,9 +92,3 @@ def convolved_bins(x: Tensor, conv_weight: Tensor, basis: Tensor) -> Tensor:
     All of one dtype, float32 or float64; conv_weight [E, width]; E a multiple of 32 and L at least `width` - 1.
     """
     return _forward_op(x, conv_weight, basis)
-
-
-def with_ends(basis: Tensor, width: int) -> Tensor:
-    """V and the unit vectors of the last width - 1 positions: [L, R + width - 1]."""
-    ends = F.pad(torch.eye(width - 1, dtype=basis.dtype), (0, 0, basis.shape[0] - width + 1, 0))
-    return torch.cat([basis, ends], dim=1)

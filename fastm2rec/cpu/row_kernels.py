@@ -6,8 +6,8 @@ With V the basis, m its gains and o the gains times the columns' sums (there the
     input:  bins = m * (V^T p), then u = conv(V bins) + conv_bias
     none:   u = conv(p) + conv_bias
 
-before SiLU. The products are those of `symmetry_kernels.py`; a row's x [slots, E] stays in the second-level cache.
-V bins is made when the scan comes to it: a row whose states are all forgotten needs no more.
+before SiLU. The products are those of `symmetry_kernels.py`; the fold and, in its place, V bins [positions, E] stay in
+the second-level cache. V bins is made when the scan comes to it: a row whose states are all forgotten needs no more.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ def _gain(bins, columns, gain, offset, start, bias, with_offset, wide):
 
 @inline
 def transform(ids, start, n, shape, table, filter, spectrum, head, one, wide, x, bins):
-    """A row's bins [columns, E]; x [slots, E] is overwritten. `one` [E] are ones, the taps of no convolution."""
+    """A row's bins [columns, E]; x is overwritten. `one` [E] are ones, the taps of no convolution."""
     inner = shape.placement == INNER
     taps, width = (head.taps, shape.width) if inner else (one, 1)
     orbits = min(spectrum.orbits, n + width - 1)  # an orbit's first position is the smallest
@@ -122,36 +122,40 @@ def transform(ids, start, n, shape, table, filter, spectrum, head, one, wide, x,
 
 
 @inline
-def _expand_for(slot, basis, spectrum, bins, wide, x, done):
-    """x holds V bins in the slot; `done` tells of each group of slots whether it does."""
+def _expand_for(slot, basis, positions, spectrum, bins, wide, x, done):
+    """x holds V bins at the slot's position; `done` tells of each group of slots whether it does."""
     group = slot // GROUP
     if not at(done, group):
         done[group] = 1
-        expand(basis, spectrum.basis, spectrum.columns, spectrum.classes, bins, group, spectrum.orbits, wide, x)
+        expand(
+            basis, spectrum.basis, spectrum.columns, spectrum.classes, bins, positions, spectrum.positions, group,
+            spectrum.orbits, wide, x, 0,
+        )  # fmt: skip
 
 
 @part
-def _filtered(t, step, rows, basis, slots, spectrum, bins, wide, x, done, u):
+def _filtered(t, step, rows, basis, positions, slots, spectrum, bins, wide, x, done, u):
     """u [rows, E] = V bins at `rows` positions, the first at t and each `step` before the last one."""
     for i in range(rows):
-        slot = slots[spectrum.slots + t - i * step]
-        _expand_for(slot, basis, spectrum, bins, wide, x, done)
+        p = t - i * step
+        _expand_for(slots[spectrum.slots + p], basis, positions, spectrum, bins, wide, x, done)
         for c in range(0, wide, LANES):
-            store(u, i * wide + c, load(x, slot * wide + c))
+            store(u, i * wide + c, load(x, p * wide + c))
 
 
 @part
-def _filtered_convolved(t, step, rows, basis, slots, spectrum, taps, bias, width, bins, wide, x, done, u):
+def _filtered_convolved(
+    t, step, rows, basis, positions, slots, spectrum, taps, bias, width, bins, wide, x, done, u
+):  # fmt: skip
     """u [rows, E] = conv(V bins) + bias at the same."""
     for i in range(rows):
         p = t - i * step
-        first = spectrum.slots + p
         for j in range(min(width, p + 1)):
-            _expand_for(slots[first - j], basis, spectrum, bins, wide, x, done)
+            _expand_for(slots[spectrum.slots + p - j], basis, positions, spectrum, bins, wide, x, done)
         for c in range(0, wide, LANES):
             value = load(bias, c)
             for j in range(min(width, p + 1)):
-                value = value + load(taps, j * wide + c) * load(x, slots[first - j] * wide + c)
+                value = value + load(taps, j * wide + c) * load(x, (p - j) * wide + c)
             store(u, i * wide + c, value)
 
 
@@ -168,11 +172,13 @@ def _convolved(ids, start, n, t, step, rows, table, taps, bias, width, wide, u):
 def read_block(ids, start, n, t, rows, shape, table, filter, spectrum, head, bins, wide, x, done, u):
     """u [rows, E] at `rows` positions, the first at t and each `stride` before the last one."""
     if shape.placement == INNER:
-        _filtered(t, shape.stride, rows, filter.basis, filter.slots, spectrum, bins, wide, x, done, u)
+        _filtered(
+            t, shape.stride, rows, filter.basis, filter.positions, filter.slots, spectrum, bins, wide, x, done, u
+        )  # fmt: skip
     elif shape.placement == INPUT:
         _filtered_convolved(
-            t, shape.stride, rows, filter.basis, filter.slots, spectrum, head.taps, head.conv_bias, shape.width, bins,
-            wide, x, done, u,
+            t, shape.stride, rows, filter.basis, filter.positions, filter.slots, spectrum, head.taps, head.conv_bias,
+            shape.width, bins, wide, x, done, u,
         )  # fmt: skip
     else:
         _convolved(ids, start, n, t, shape.stride, rows, table, head.taps, head.conv_bias, shape.width, wide, u)

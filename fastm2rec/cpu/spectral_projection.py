@@ -12,7 +12,8 @@ channels, one core) that takes 0.3 of the reference's time with the filter after
 and 0.7 with a basis for each row. With more shifted columns than positions the gain is gone: there, and without a
 convolution or a Linear, it is the reference.
 
-With the filter last and the Fourier basis over all slots there is less to do: see `fourier_kernels.py`.
+With the filter last and the Fourier basis over all slots there is less to do: see `fourier_kernels.py` and, for the
+products that are left, `product_kernels.py`.
 """
 
 from __future__ import annotations
@@ -24,9 +25,10 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..basis import row_basis
 from ..reference.spectral_projection import spectral_projection as reference
-from .fourier_conv import convolved_bins, with_ends
+from .fourier_conv import convolved_bins
+from .products import Products, contract, expand, pack
 
-# Of each basis that was seen: its version, and whether it is Fourier's.
+# Of each basis that was seen: its version, and its packed forms by dtype, or None if it is not Fourier's.
 _fourier: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
@@ -43,24 +45,24 @@ def spectral_projection(
     activation: str | None = None,
 ) -> Tensor:
     """As `fastm2rec.reference.spectral_projection.spectral_projection`."""
-    if conv_first and conv_weight is not None and weight is not None and _is_fourier(x, basis, conv_weight):
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        tensors = (x, basis, mask, weight, bias, conv_weight, conv_bias)
-        y = _fourier_last(*(t if t is None else t.to(dtype) for t in tensors))
-        return (F.silu(y) if activation == "silu" else y).to(x.dtype)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    tensors = (x, basis, mask, weight, bias, conv_weight, conv_bias)
+    if conv_first and conv_weight is not None and weight is not None:
+        products = _fourier_products(basis, conv_weight, dtype)
+        if products is not None:
+            y = _fourier_last(products, *(t if t is None else t.to(dtype) for t in tensors))
+            return (F.silu(y) if activation == "silu" else y).to(x.dtype)
     if conv_weight is None or weight is None or conv_weight.shape[1] * basis.shape[-1] > basis.shape[-2]:
         return reference(
             x, basis, mask, weight, bias,
             conv_weight=conv_weight, conv_bias=conv_bias, conv_first=conv_first, activation=activation,
         )  # fmt: skip
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    tensors = (x, basis, mask, weight, bias, conv_weight, conv_bias)
     y = (_filter_last if conv_first else _filter_first)(*(t if t is None else t.to(dtype) for t in tensors))
     return (F.silu(y) if activation == "silu" else y).to(x.dtype)
 
 
-def _is_fourier(x: Tensor, basis: Tensor, conv_weight: Tensor) -> bool:
-    """Is it the Fourier basis over all slots, and are the sizes those that the kernel takes?"""
+def _fourier_products(basis: Tensor, conv_weight: Tensor, dtype: torch.dtype) -> Products | None:
+    """The basis packed, if it is Fourier's over all slots and the sizes are those that the kernels take."""
     dim, width = conv_weight.shape
     if (
         torch.compiler.is_compiling()
@@ -69,13 +71,19 @@ def _is_fourier(x: Tensor, basis: Tensor, conv_weight: Tensor) -> bool:
         or dim % 32
         or not 2 <= width <= len(basis) + 1
     ):
-        return False
+        return None
     if basis.is_inference():  # it tracks no version, so nothing is remembered of it
-        return _equals_fourier(basis)
+        return pack(basis, dtype) if _equals_fourier(basis) else None
     known = _fourier.get(basis)
     if known is None or known[0] != basis._version:
-        known = _fourier[basis] = (basis._version, _equals_fourier(basis))
-    return known[1]
+        known = _fourier[basis] = (basis._version, {} if _equals_fourier(basis) else None)
+    packed: dict[torch.dtype, Products] | None = known[1]
+    if packed is None:
+        return None
+    if dtype not in packed:
+        with torch.inference_mode(False):  # what is remembered may be used for training
+            packed[dtype] = pack(basis.detach(), dtype)
+    return packed[dtype]
 
 
 def _equals_fourier(basis: Tensor) -> bool:
@@ -102,15 +110,15 @@ def _masked(bins: Tensor, mask: Tensor | None) -> Tensor:
     return bins * (mask.unsqueeze(-1) if mask.dim() == 1 or mask.shape == bins.shape[:2] else mask)
 
 
-def _fourier_last(x, basis, mask, weight, bias, conv_weight, conv_bias):
-    bases = with_ends(basis, conv_weight.shape[1])
-    bins = F.linear(bases.mT @ x, weight)
+def _fourier_last(products, x, basis, mask, weight, bias, conv_weight, conv_bias):
+    extra = conv_weight.shape[1] - 1
+    bins = F.linear(contract(x, basis, products, extra), weight)
     if bias is not None:
-        bins = bins + bases.sum(dim=0)[:, None] * bias
+        bins = bins + F.pad(basis.sum(dim=0), (0, extra), value=1.0)[:, None] * bias
     bins = convolved_bins(bins.to(basis.dtype), conv_weight, basis)  # autocast makes products half precision
     if conv_bias is not None:
         bins = bins + basis.sum(dim=0)[:, None] * conv_bias
-    return basis @ _masked(bins, mask)
+    return expand(_masked(bins, mask), basis, products)
 
 
 def _filter_last(x, basis, mask, weight, bias, conv_weight, conv_bias):

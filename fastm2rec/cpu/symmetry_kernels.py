@@ -1,10 +1,9 @@
 """Products with a basis by its orbits (`symmetry.py`), on arrays as `parts.py` says.
 
-x [slots, E] has the positions of each orbit side by side, G of them as there are classes. Its fold takes their place,
-and in the end so does V bins: one array serves for all three. With s the signs of class g at place i of an orbit:
+With G classes, slot t G + i is place i of orbit t, and s[g, i] the sign of class g there:
 
-    fold:      x[t, g] = sum_i s[g, i] x[t, i]
-    contract:  bins[c] = sum_t V[t, c] x[t, c mod G]
+    fold:      f[t, g] = sum_i s[g, i] x[t, i]
+    contract:  bins[c] = sum_t V[t, c] f[t, c mod G]
     expand:    x[t, i] = sum_g s[g, i] sum_{c mod G = g} V[t, c] bins[c]
 """
 
@@ -30,18 +29,19 @@ def mixed(a, b, c, d, classes):
 
 
 @part
-def contract(basis, start, columns, classes, x, orbits, wide, bins):
-    """bins [columns, E] = V^T of folded x over the first `orbits`; V from basis[start:]."""
+def contract(basis, start, columns, classes, folded, orbits, wide, bins):
+    """bins [columns, E] = V^T x from the fold of x, [slots, E], over the first `orbits`; V from basis[start:]."""
     fill(bins, 0, columns * wide, 0)
     second, third, fourth = 1 % classes * wide, 2 % classes * wide, 3 % classes * wide
     for first in range(0, orbits, BLOCK):
         last = min(first + BLOCK, orbits)
         for c in range(0, wide, LANES):
             for k in range(0, columns, ROWS):
-                a = b = d = e = f = g = h = i = full(x, 0.0)
+                a = b = d = e = f = g = h = i = full(bins, 0.0)
                 for t in range(first, last):
                     row = t * classes * wide + c
-                    p, q, r, s = load(x, row), load(x, row + second), load(x, row + third), load(x, row + fourth)
+                    p, q = load(folded, row), load(folded, row + second)
+                    r, s = load(folded, row + third), load(folded, row + fourth)
                     place = start + t * columns + k
                     a = a + at(basis, place) * p
                     b = b + at(basis, place + 1) * q
@@ -55,24 +55,30 @@ def contract(basis, start, columns, classes, x, orbits, wide, bins):
 
 
 @inline
-def _spread(x, place, wide, classes, a, b, c, d):
-    """From four sums, of every fourth column each, to the values of an orbit."""
+def _put(x, start, position, wide, value):
+    if position >= 0:
+        store(x, start + position * wide, value)
+
+
+@inline
+def _spread(x, start, positions, slot, wide, classes, a, b, c, d):
+    """From four sums, of every fourth column each, to the positions of an orbit."""
     if classes == 4:
         p, q, r, s = a + b, a - b, c + d, c - d
-        store(x, place, p + r)
-        store(x, place + wide, q - s)
-        store(x, place + 2 * wide, p - r)
-        store(x, place + 3 * wide, q + s)
+        _put(x, start, at(positions, slot), wide, p + r)
+        _put(x, start, at(positions, slot + 1), wide, q - s)
+        _put(x, start, at(positions, slot + 2), wide, p - r)
+        _put(x, start, at(positions, slot + 3), wide, q + s)
     elif classes == 2:
-        store(x, place, (a + c) + (b + d))
-        store(x, place + wide, (a + c) - (b + d))
+        _put(x, start, at(positions, slot), wide, (a + c) + (b + d))
+        _put(x, start, at(positions, slot + 1), wide, (a + c) - (b + d))
     else:
-        store(x, place, (a + c) + (b + d))
+        _put(x, start, at(positions, slot), wide, (a + c) + (b + d))
 
 
 @part
-def expand(basis, start, columns, classes, bins, group, orbits, wide, x):
-    """x = V bins, in one group of slots."""
+def expand(basis, start, columns, classes, bins, positions, place, group, orbits, wide, x, to):
+    """x = V bins at the positions of one group of slots, to x[to:]; they are those at positions[place:]."""
     first, last = group * GROUP // classes, min((group + 1) * GROUP // classes, orbits)
     for c in range(0, wide, LANES):
         for t in range(first, last, 2):
@@ -89,5 +95,6 @@ def expand(basis, start, columns, classes, bins, group, orbits, wide, x):
                 g = g + at(basis, q + k + 1) * w
                 h = h + at(basis, q + k + 2) * y
                 i = i + at(basis, q + k + 3) * z
-            _spread(x, t * classes * wide + c, wide, classes, a, b, d, e)
-            _spread(x, (t + 1) * classes * wide + c, wide, classes, f, g, h, i)
+            slot = place + t * classes
+            _spread(x, to + c, positions, slot, wide, classes, a, b, d, e)
+            _spread(x, to + c, positions, slot + classes, wide, classes, f, g, h, i)
