@@ -22,6 +22,14 @@ class ImplementationError(RuntimeError):
     """The implementation that was asked for does not exist, or cannot run here."""
 
 
+def _with_filter(functions: dict[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
+    """And `filtered_last_scan`, as the two steps that it has."""
+    from .reference.filtered_last_scan import filtered_last_scan
+
+    both = partial(filtered_last_scan, project=functions["spectral_projection"], scan=functions["last_scan"])
+    return {**functions, "filtered_last_scan": both}
+
+
 def _reference() -> dict[str, Callable[..., Any]]:
     # Imports in a function are late, and unlike importlib's they can be traced by torch.compile.
     from .reference.causal_conv1d import causal_conv1d
@@ -33,22 +41,25 @@ def _reference() -> dict[str, Callable[..., Any]]:
     from .reference.selective_scan import selective_scan
     from .reference.spectral_projection import spectral_projection, spectral_projection_fft
 
-    return {
-        "causal_conv1d": causal_conv1d,
-        "dropout_norm": dropout_norm,
-        "encode_last": encode_last,
-        "gated_fusion": gated_fusion,
-        "last_scan": last_scan,
-        "last_state": last_state,
-        "selective_scan": selective_scan,
-        "spectral_projection": spectral_projection,
-        "spectral_projection_fft": spectral_projection_fft,
-    }
+    return _with_filter(
+        {
+            "causal_conv1d": causal_conv1d,
+            "dropout_norm": dropout_norm,
+            "encode_last": encode_last,
+            "gated_fusion": gated_fusion,
+            "last_scan": last_scan,
+            "last_state": last_state,
+            "selective_scan": selective_scan,
+            "spectral_projection": spectral_projection,
+            "spectral_projection_fft": spectral_projection_fft,
+        }
+    )
 
 
 def _cpu() -> dict[str, Callable[..., Any]]:
     from .cpu.dropout_norm import dropout_norm
     from .cpu.encode_last import encode_last
+    from .cpu.filtered_last_scan import filtered_last_scan
     from .cpu.last_scan import last_scan
     from .cpu.spectral_projection import spectral_projection
 
@@ -56,6 +67,7 @@ def _cpu() -> dict[str, Callable[..., Any]]:
         **_reference(),
         "dropout_norm": dropout_norm,
         "encode_last": encode_last,
+        "filtered_last_scan": filtered_last_scan,
         "last_scan": last_scan,
         "spectral_projection": spectral_projection,
     }
@@ -72,30 +84,34 @@ def _triton() -> dict[str, Callable[..., Any]]:
     from .reference.dropout_norm import dropout_norm
     from .reference.last_scan import last_scan
 
-    return {
-        "causal_conv1d": causal_conv1d,
-        "dropout_norm": dropout_norm,
-        "encode_last": encode_last,
-        "gated_fusion": gated_fusion,
-        "last_scan": partial(last_scan, scan=last_state),
-        "last_state": last_state,
-        "selective_scan": selective_scan,
-        "spectral_projection": spectral_projection,
-        "spectral_projection_fft": spectral_projection_fft,
-    }
+    return _with_filter(
+        {
+            "causal_conv1d": causal_conv1d,
+            "dropout_norm": dropout_norm,
+            "encode_last": encode_last,
+            "gated_fusion": gated_fusion,
+            "last_scan": partial(last_scan, scan=last_state),
+            "last_state": last_state,
+            "selective_scan": selective_scan,
+            "spectral_projection": spectral_projection,
+            "spectral_projection_fft": spectral_projection_fft,
+        }
+    )
 
 
 def _mamba_ssm() -> dict[str, Callable[..., Any]]:
     from ._mamba_ssm import causal_conv1d, last_state, selective_scan
     from .reference.last_scan import last_scan
 
-    return {
-        **_triton(),  # the ops around the scan
-        "causal_conv1d": causal_conv1d,
-        "last_scan": partial(last_scan, scan=last_state),
-        "last_state": last_state,
-        "selective_scan": selective_scan,
-    }
+    return _with_filter(
+        {
+            **_triton(),  # the ops around the scan
+            "causal_conv1d": causal_conv1d,
+            "last_scan": partial(last_scan, scan=last_state),
+            "last_state": last_state,
+            "selective_scan": selective_scan,
+        }
+    )
 
 
 def _cpu_lacks(device: str) -> str | None:
@@ -145,8 +161,8 @@ class _Implementation:
 
 _OPS = frozenset(
     {
-        "causal_conv1d", "dropout_norm", "encode_last", "gated_fusion", "last_scan", "last_state", "selective_scan",
-        "spectral_projection", "spectral_projection_fft",
+        "causal_conv1d", "dropout_norm", "encode_last", "filtered_last_scan", "gated_fusion", "last_scan", "last_state",
+        "selective_scan", "spectral_projection", "spectral_projection_fft",
     }
 )  # fmt: skip
 

@@ -119,9 +119,15 @@ class Mamba(ReferenceMamba):
         """
         A = self._state_matrix()
         order = (F.softplus(self.dt_proj.bias) * A.abs().amin(1)).detach().argsort()
+        x_proj, dt_proj, dt_bias = self.x_proj.weight, self.dt_proj.weight, self.dt_proj.bias
+        if filter is not None and inner and filter.multiplies(x.shape[1]):
+            basis, gain = filter.columns(x, lengths)
+            return ops.filtered_last_scan(
+                x, lengths, basis, gain, *self._input_weights(order), x_proj, dt_proj, dt_bias, A, self.D, z, stride,
+                order, impl=impl,
+            )  # fmt: skip
         p = self._convolved(x, lengths, filter, inner, None, impl, order)
-        projections = (self.x_proj.weight, self.dt_proj.weight, self.dt_proj.bias)
-        return ops.last_scan(p, *projections, A, self.D, z, lengths, stride, order, impl=impl)
+        return ops.last_scan(p, x_proj, dt_proj, dt_bias, A, self.D, z, lengths, stride, order, impl=impl)
 
     def _last_state(self, u: Tensor, z: Tensor | None, lengths: Tensor, stride: int, impl: str) -> Tensor:
         """The scan at the last position from u [B, L, E] after SiLU: [B, E]."""
@@ -156,6 +162,15 @@ class Mamba(ReferenceMamba):
         """Step sizes before bias and softplus, [B, L, dt_rank] to (B, dim, L)."""
         return F.linear(low_rank, self.dt_proj.weight).transpose(1, 2)
 
+    def _input_weights(self, order: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """Weight and bias of what makes u, then of the convolution, their channels in this order."""
+        in_weight, in_bias = self._half(0)
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        if order is None:
+            return in_weight, in_bias, weight, bias
+        in_bias, bias = (None if b is None else b[order] for b in (in_bias, bias))
+        return in_weight[order], in_bias, weight[order], bias
+
     def _convolved(
         self,
         x: Tensor,
@@ -170,11 +185,7 @@ class Mamba(ReferenceMamba):
 
         Channel e of it is channel `order[e]` of the block, where an order is given.
         """
-        in_weight, in_bias = self._half(0)
-        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
-        if order is not None:
-            in_weight, weight = in_weight[order], weight[order]
-            in_bias, bias = (None if b is None else b[order] for b in (in_bias, bias))
+        in_weight, in_bias, weight, bias = self._input_weights(order)
         if filter is not None:
             return filter.project(x, lengths, in_weight, in_bias, weight, bias, inner, activation, impl)
         u = F.linear(x, in_weight, in_bias).transpose(1, 2)

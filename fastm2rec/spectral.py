@@ -52,7 +52,7 @@ class SpectralFilter(nn.Module):
             return x
         if self._by_transform(x.shape[1]):
             return ops.spectral_projection_fft(x, self._bin_gain(x), impl=impl)
-        return ops.spectral_projection(x, *self._columns(x, lengths), impl=impl)
+        return ops.spectral_projection(x, *self.columns(x, lengths), impl=impl)
 
     def project(
         self,
@@ -76,7 +76,7 @@ class SpectralFilter(nn.Module):
                 return ops.causal_conv1d(u, conv_weight, conv_bias, activation, impl=impl).transpose(1, 2)
             convolved = self(ops.causal_conv1d(u, conv_weight, conv_bias, impl=impl).transpose(1, 2), lengths, impl)
             return F.silu(convolved) if activation == "silu" else convolved
-        basis, gain = self._columns(x, lengths)
+        basis, gain = self.columns(x, lengths)
         return ops.spectral_projection(
             x, basis, gain, weight, bias,
             conv_weight=conv_weight, conv_bias=conv_bias, conv_first=conv_first, activation=activation, impl=impl,
@@ -86,12 +86,12 @@ class SpectralFilter(nn.Module):
         """`forward` at the last real position alone: x [B, L, C] and lengths [B] to [B, C]."""
         if self.is_identity:
             return take(x, lengths - 1)
-        basis, gain = self._columns(x, lengths)
+        basis, gain = self.columns(x, lengths)
         basis = basis.expand(len(x), -1, -1)
         row = (take(basis, lengths - 1) * gain).unsqueeze(1)  # [B, 1, R]
         return (row @ basis.mT @ x.to(basis.dtype)).squeeze(1).to(x.dtype)
 
-    def _columns(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def columns(self, x: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """The basis, [L, R] or one of each row [B, L, R], and the gain of its columns, [R] or [B, R]."""
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         if self.spectrum == "valid":
@@ -122,6 +122,10 @@ class SpectralFilter(nn.Module):
         if type(made[0]) is Tensor:  # and not a tracer's stand-in
             self._kept = {key: made}  # of one length: models see one
         return made
+
+    def multiplies(self, seqlen: int) -> bool:
+        """Is it a product with `columns`, rather than nothing or a fast transform?"""
+        return not (self.is_identity or self._by_transform(seqlen))
 
     def _by_transform(self, seqlen: int) -> bool:
         """Is the sequence so long that fast transforms beat matrix products?"""

@@ -104,7 +104,7 @@ def _gradients_but_for_the_basis(inputs: list[Any], dy: Tensor, options: dict[st
 
 def test_a_basis_is_recognised_by_its_values() -> None:
     def recognised(basis: Tensor, dim: int = 32) -> bool:
-        return module._fourier_products(basis, torch.zeros(dim, 4), torch.float32) is not None
+        return module.fourier_products(basis, torch.zeros(dim, 4), torch.float32) is not None
 
     basis = row_basis(torch.tensor([20]), 20, 5, "fourier")[0]
     assert recognised(basis)

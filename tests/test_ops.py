@@ -17,6 +17,7 @@ OPS = (
     "causal_conv1d",
     "selective_scan",
     "last_scan",
+    "filtered_last_scan",
     "last_state",
     "gated_fusion",
 )
@@ -38,6 +39,11 @@ def _arguments(op: str) -> dict[str, Any]:
         "last_scan": {
             "p": r(B, L, E), "x_proj_weight": r(2 + 2 * N, E), "dt_proj_weight": r(E, 2), "dt_proj_bias": r(E),
             "A": scan["A"], "D": r(E), "z": r(B, E), "lengths": torch.tensor([5, 1]), "stride": 2,
+        },
+        "filtered_last_scan": {
+            "x": r(B, L, D), "lengths": torch.tensor([5, 1]), "basis": r(L, R), "mask": r(R), "weight": r(E, D),
+            "bias": r(E), "conv_weight": r(E, 4), "conv_bias": r(E), "x_proj_weight": r(2 + 2 * N, E),
+            "dt_proj_weight": r(E, 2), "dt_proj_bias": r(E), "A": scan["A"], "D": r(E), "z": r(B, E), "stride": 2,
         },
         "last_state": {
             **scan, "C": r(B, N), "D": r(E), "z": r(B, E), "delta_bias": r(E), "lengths": torch.tensor([5, 1]),
@@ -134,9 +140,10 @@ def test_other_misfits() -> None:
         ops.spectral_projection(**{**_arguments("spectral_projection"), "weight": None})
 
 
-def test_the_order_of_the_channels() -> None:
-    arguments = _arguments("last_scan")
-    ops.last_scan(**arguments, order=torch.arange(E).flip(0))
+@pytest.mark.parametrize("op", ["last_scan", "filtered_last_scan"])
+def test_the_order_of_the_channels(op: str) -> None:
+    arguments, function = _arguments(op), getattr(ops, op)
+    function(**arguments, order=torch.arange(E).flip(0))
     for wrong, message in (
         (torch.zeros(E, dtype=torch.int64), f"^order: expected each of 0 to {E - 1} once, got 1 numbers from 0 to 0"),
         (torch.arange(1, E + 1), f"^order: expected each of 0 to {E - 1} once, got {E} numbers from 1 to {E}"),
@@ -145,7 +152,7 @@ def test_the_order_of_the_channels() -> None:
         (torch.arange(E + 1), rf"^order: expected shape \[E={E}\], got \[{E + 1}\]"),
     ):
         with pytest.raises((TypeError, ValueError), match=message):
-            ops.last_scan(**arguments, order=wrong)
+            function(**arguments, order=wrong)
 
 
 def test_the_gates_table_and_its_ids() -> None:

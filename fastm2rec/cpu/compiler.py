@@ -12,6 +12,11 @@ _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 
 part = njit(**_OPTIONS)
 inline = njit(forceinline=True, **_OPTIONS)
+# numba counts references to every array of every call, atomically: a call with twenty arrays costs 150 ns, as much as
+# its arithmetic on a few rows. Without, nothing may be allocated, nor an array returned, here or in what this is the
+# first to call.
+_BORROWS: dict[str, Any] = {**_OPTIONS, "_nrt": False}
+borrower = njit(**_BORROWS)
 
 
 def entry(function):
@@ -23,6 +28,15 @@ def entry(function):
     # numba looks at the file of the function alone, which calls functions of other files.
     file = compiled._cache._cache_file
     file._source_stamp = (file._source_stamp, _SOURCES)
+    read = file._load_index
+
+    def load_index():
+        try:
+            return read()
+        except Exception:  # of another version, with types that are no more; it is written anew
+            return {}
+
+    file._load_index = load_index
     return compiled
 
 

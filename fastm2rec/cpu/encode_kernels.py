@@ -10,8 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .borrow import borrower
-from .compiler import entry, part
+from .compiler import borrower, entry, part
 from .parts import (
     ROWS,
     as_scan,

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..reference.selective_scan import compute_dtype
 from .arrays import as_flat, empty_array, scratch
+from .products import Products, as_arrays
 from .threads import run
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 # A slice should take about a tenth of a millisecond; an exponential, with its surroundings, takes half a nanosecond.
 SLICE = 200_000  # exponentials
+NO_PRODUCTS = (None, None, None, 0, 0, 0, 0)
 
 
 class Packed(NamedTuple):
@@ -64,19 +66,24 @@ def grain(packed: Packed, seqlen: int, stride: int) -> int:
 
 
 def launch_forward(
-    p: Tensor, packed: Packed, z: Tensor | None, lengths: Tensor, stride: int, keep: bool
-) -> tuple[Tensor, Tensor]:
-    """y [B, E] in p's dtype; and delta and B as the gradient takes them, or nothing."""
+    p: Tensor, packed: Packed, z: Tensor | None, lengths: Tensor, stride: int, keep: bool,
+    products: Products | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """y [B, E] in p's dtype; and delta and B as the gradient takes them, or nothing.
+
+    p is [B, L, E] or, with the products of a basis V [L, R], the coefficients [B, R, E] of V p.
+    """
     from . import last_scan_kernels as kernels
 
-    batch, seqlen, dim = p.shape
+    (batch, _, dim), seqlen = p.shape, _seqlen(p, products)
     dtype, sizes = packed.dtype, packed.sizes
+    basis = as_arrays(products, dim, dtype)
     y = torch.empty(batch, dim, dtype=dtype)
-    low_rank = torch.zeros(_low_rank_shape(p, *sizes[1:], stride, keep), dtype=dtype)
-    arrays = (as_flat(p, dtype), as_flat(lengths, torch.int64), *(as_flat(x, dtype) for x in (z, y, low_rank)))
+    low_rank = torch.zeros(_low_rank_shape(batch, seqlen, *sizes[1:], stride, keep), dtype=dtype)
+    arrays = (as_flat(p, dtype), basis, as_flat(lengths, torch.int64), *(as_flat(x, dtype) for x in (z, y, low_rank)))
 
     def rows(first: int, last: int) -> None:
-        with scratch(kernels.forward_scratch(*sizes), dtype) as memory:
+        with scratch(kernels.forward_scratch(basis, *sizes), dtype) as memory:
             kernels.forward(
                 *arrays, packed.order, packed.weights, packed.transposed, memory,
                 first, last, seqlen, *sizes, stride, z is not None,
@@ -86,8 +93,12 @@ def launch_forward(
     return y.to(p.dtype), low_rank
 
 
-def _low_rank_shape(p: Tensor, dstate: int, dt_rank: int, stride: int, keep: bool) -> tuple[int, ...]:
-    return (p.shape[0], -(-p.shape[1] // stride), dt_rank + dstate) if keep else (0,)
+def _seqlen(p: Tensor, products: Products | None) -> int:
+    return p.shape[1] if products is None else products.seqlen
+
+
+def _low_rank_shape(batch: int, seqlen: int, dstate: int, dt_rank: int, stride: int, keep: bool) -> tuple[int, ...]:
+    return (batch, -(-seqlen // stride), dt_rank + dstate) if keep else (0,)
 
 
 def launch_backward(
@@ -99,6 +110,7 @@ def launch_backward(
     z: Tensor | None,
     lengths: Tensor,
     stride: int,
+    products: Products | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of p, of x_proj's weight, dt_proj's weight and bias, A and D, and of z, in packed's dtype.
 
@@ -106,18 +118,19 @@ def launch_backward(
     """
     from . import last_scan_gradients as kernels
 
-    batch, seqlen, dim = p.shape
+    (batch, _, dim), seqlen = p.shape, _seqlen(p, products)
     dtype, sizes = packed.dtype, packed.sizes
+    basis = as_arrays(products, dim, dtype)
     _, dstate, dt_rank = sizes
-    dp = torch.empty(batch, seqlen, dim, dtype=dtype)
+    dp = torch.empty(p.shape, dtype=dtype)
     dz = torch.empty((0,) if z is None else (batch, dim), dtype=dtype)
     groups = -(-batch // kernels.GROUP)
     sums = empty_array(groups * packed.weights.size, dtype)
-    arrays = (as_flat(p, dtype), as_flat(lengths, torch.int64), *(as_flat(x, dtype) for x in (z, dy, low_rank)))
+    arrays = (as_flat(p, dtype), basis, as_flat(lengths, torch.int64), *(as_flat(x, dtype) for x in (z, dy, low_rank)))
     into = (as_flat(dp, dtype), as_flat(dz, dtype), sums)
 
     def rows(first: int, last: int) -> None:
-        with scratch(kernels.backward_scratch(seqlen, *sizes, stride), dtype) as memory:
+        with scratch(kernels.backward_scratch(basis, seqlen, *sizes, stride), dtype) as memory:
             kernels.backward(
                 *arrays, packed.order, *into, packed.weights, packed.transposed, memory,
                 first, last, batch, seqlen, *sizes, stride, z is not None,
@@ -135,6 +148,14 @@ def launch_backward(
     return dp, d_x_proj, d_dt_proj, d_bias, dA, dD, dz
 
 
+def _products(basis: Tensor | None, positions: Tensor | None, source: Tensor | None, *sizes: int) -> Products | None:
+    """Of what a custom op can take: tensors or None, and numbers."""
+    if basis is None or positions is None or source is None:
+        return None
+    seqlen, kept, classes, orbits = sizes
+    return Products(basis, positions, source, seqlen, kept, classes, orbits)
+
+
 @torch.library.custom_op("fastm2rec::cpu_last_scan", mutates_args=(), device_types="cpu")
 def _forward_op(
     p: Tensor,
@@ -147,17 +168,27 @@ def _forward_op(
     lengths: Tensor,
     stride: int,
     order: Tensor | None,
+    basis: Tensor | None,
+    positions: Tensor | None,
+    source: Tensor | None,
+    seqlen: int,
+    kept: int,
+    classes: int,
+    orbits: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z)
     packed = pack(x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, dtype, order)
-    return launch_forward(p, packed, z, lengths, stride, keep)
+    products = _products(basis, positions, source, seqlen, kept, classes, orbits)
+    return launch_forward(p, packed, z, lengths, stride, keep, products)
 
 
 @_forward_op.register_fake
-def _(p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z, lengths, stride, order, keep):
+def _(p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z, lengths, stride, order, *rest):
     dtype = compute_dtype(p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z)
-    shape = _low_rank_shape(p, A.shape[1], dt_proj_weight.shape[1], stride, keep)
+    *products, keep = rest
+    seqlen = _seqlen(p, _products(*products))
+    shape = _low_rank_shape(p.shape[0], seqlen, A.shape[1], dt_proj_weight.shape[1], stride, keep)
     return p.new_empty(p.shape[0], p.shape[2]), p.new_empty(shape, dtype=dtype)
 
 
@@ -175,10 +206,18 @@ def _backward_op(
     lengths: Tensor,
     stride: int,
     order: Tensor | None,
+    basis: Tensor | None,
+    positions: Tensor | None,
+    source: Tensor | None,
+    seqlen: int,
+    kept: int,
+    classes: int,
+    orbits: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = (p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z)
     packed = pack(x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, compute_dtype(*inputs), order)
-    found = launch_backward(dy, low_rank, p, packed, dt_proj_bias is not None, z, lengths, stride)
+    products = _products(basis, positions, source, seqlen, kept, classes, orbits)
+    found = launch_backward(dy, low_rank, p, packed, dt_proj_bias is not None, z, lengths, stride, products)
     d_p, d_x, d_dt, d_bias, dA, dD, dz = (
         dx if x is None else dx.to(x.dtype) for dx, x in zip(found, inputs, strict=True)
     )
@@ -186,24 +225,27 @@ def _backward_op(
 
 
 @_backward_op.register_fake
-def _(dy, low_rank, p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z, lengths, stride, order):
+def _(dy, low_rank, p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z, *_):
     inputs = (p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z)
     dtype = compute_dtype(*inputs)
     return tuple(p.new_empty(0, dtype=dtype) if x is None else x.new_empty(x.shape) for x in inputs)
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, lengths, ctx.stride, order, _ = inputs
+    *tensors, lengths, ctx.stride, order, basis, positions, source, seqlen, kept, classes, orbits, _ = inputs
+    ctx.sizes = (seqlen, kept, classes, orbits)
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1], *tensors, lengths, order)
+    ctx.save_for_backward(output[1], *tensors, lengths, order, basis, positions, source)
 
 
 def _backward(ctx, dy, _):
-    low_rank, *inputs, lengths, order = ctx.saved_tensors
+    low_rank, *inputs, lengths, order, basis, positions, source = ctx.saved_tensors
+    rest = (lengths, ctx.stride, order, basis, positions, source, *ctx.sizes)
     if low_rank.shape[0] != lengths.shape[0]:  # nobody had said that there would be gradients
-        _, low_rank = _forward_op(*inputs, lengths, ctx.stride, order, True)
-    gradients = _backward_op(dy, low_rank, *inputs, lengths, ctx.stride, order)
-    return *(None if x is None else dx for x, dx in zip(inputs, gradients, strict=True)), None, None, None, None
+        _, low_rank = _forward_op(*inputs, *rest, True)
+    gradients = _backward_op(dy, low_rank, *inputs, *rest)
+    gradients = (None if x is None else dx for x, dx in zip(inputs, gradients, strict=True))
+    return *gradients, *[None] * (len(rest) + 1)
 
 
 _forward_op.register_autograd(_backward, setup_context=_save)
@@ -220,8 +262,12 @@ def last_scan(
     lengths: Tensor,
     stride: int = 1,
     order: Tensor | None = None,
+    products: Products | None = None,
 ) -> Tensor:
-    """As `fastm2rec.reference.last_scan.last_scan`, on the CPU."""
+    """As `fastm2rec.reference.last_scan.last_scan`, on the CPU.
+
+    With the products of a basis V [L, R], p are the coefficients [B, R, E] of V p.
+    """
     tensors = (p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    return _forward_op(*tensors, lengths, stride, order, keep)[0]
+    return _forward_op(*tensors, lengths, stride, order, *(products or NO_PRODUCTS), keep)[0]

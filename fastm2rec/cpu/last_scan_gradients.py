@@ -40,6 +40,7 @@ from .parts import (
     weights_size,
     write,
 )  # fmt: skip
+from .product_kernels import contract_row, expand_row, scratch_size
 from .simd import (
     HALF,
     LANES,
@@ -68,7 +69,7 @@ def _sums_size(dstate, dt_rank):
 
 
 @register_jitable
-def backward_scratch(seqlen, dim, dstate, dt_rank, stride):
+def backward_scratch(products, seqlen, dim, dstate, dt_rank, stride):
     """Elements that `backward` needs."""
     steps = ((seqlen + stride - 1) // stride + ROWS - 1) // ROWS * ROWS
     return (
@@ -78,6 +79,8 @@ def backward_scratch(seqlen, dim, dstate, dt_rank, stride):
         + steps * padded(dt_rank + dstate)
         + 2 * padded(dstate)
         + _sums_size(dstate, dt_rank) * (HALF + 1)
+        + products.seqlen * dim
+        + scratch_size(products)
     )
 
 
@@ -195,12 +198,13 @@ def _sum_blocks(x, count, out):
 
 @entry
 def backward(
-    p, lengths, z, dy, low_rank, order, dp, dz, sums, weights, transposed, scratch,
+    p, products, lengths, z, dy, low_rank, order, dp, dz, sums, weights, transposed, scratch,
     first, last, batch, seqlen, dim, dstate, dt_rank, stride, has_z,
 ):  # fmt: skip
     """dp, dz and, in `sums` [groups, weights_size], the parameters' gradients, of the groups `first` to before `last`.
 
-    All NaN for a row whose length is not in 1..seqlen. `low_rank` is what `forward` left, `order` what it took.
+    All NaN for a row whose length is not in 1..seqlen. `low_rank` is what `forward` left; p, `products` and `order` are
+    what it took.
     """
     size = weights_size(dim, dstate, dt_rank)
     w = as_weights(weights, dim, dstate, dt_rank)
@@ -223,7 +227,10 @@ def backward(
     dA, scratch = scratch[: dstate * wide], scratch[dstate * wide :]
     dC, scratch = scratch[: 2 * states], scratch[2 * states :]
     in_halves, scratch = scratch[: _sums_size(dstate, dt_rank) * HALF], scratch[_sums_size(dstate, dt_rank) * HALF :]
-    summed = scratch
+    summed, scratch = scratch[: _sums_size(dstate, dt_rank)], scratch[_sums_size(dstate, dt_rank) :]
+    filtered = products.columns > 0
+    whole, scratch = scratch[: products.seqlen * dim], scratch[products.seqlen * dim :]  # a row's p, then its gradient
+    bins, folded_row = scratch[: products.columns * dim], scratch[products.columns * dim :]
 
     for b in range(first * GROUP, min(batch, last * GROUP)):
         gradient = sums[b // GROUP * size : (b // GROUP + 1) * size]
@@ -233,10 +240,15 @@ def backward(
             fill(errors, 0, size, 0)
         length = lengths[b]
         if length < 1 or length > seqlen:
-            fill(dp, b * seqlen * dim, (b + 1) * seqlen * dim, np.nan)
+            size_of_row = (products.kept if filtered else seqlen) * dim
+            fill(dp, b * size_of_row, (b + 1) * size_of_row, np.nan)
             fill(dz, b * dim, (b + 1) * dim if has_z else b * dim, np.nan)
             continue
-        newest = (b * seqlen + length - 1) * dim
+        if filtered:
+            expand_row(p, b * products.kept * dim, products, 0, bins, whole, 0)
+        source, target = (whole, whole) if filtered else (p, dp)
+        oldest = 0 if filtered else b * seqlen * dim
+        newest = oldest + (length - 1) * dim
         steps = (length + stride - 1) // stride
         fill(s, 0, 2 * wide, 0)
         for e in range(dim):
@@ -259,7 +271,7 @@ def backward(
                 break
             rows = min(ROWS, steps - k)
             block, low = u[k * wide :], projected[k * columns :]
-            read(p, newest - k * stride * dim, stride * dim, rows, dim, block)
+            read(source, newest - k * stride * dim, stride * dim, rows, dim, block)
             for c in range(0, rows * wide, LANES):
                 x = load(block, c)
                 open_ = sigmoid(x)
@@ -318,7 +330,7 @@ def backward(
                 dz[b * dim + order[e]] = s[3 * wide + e]
         for t in range(seqlen):
             if t >= length or (length - 1 - t) % stride or (length - 1 - t) // stride >= seen:
-                fill(dp, (b * seqlen + t) * dim, (b * seqlen + t + 1) * dim, 0)
+                fill(target, oldest + t * dim, oldest + (t + 1) * dim, 0)
 
         for c in range(0, wide, LANES):
             sum_dT = lost = bias = lost_bias = full(s, 0.0)
@@ -358,8 +370,10 @@ def backward(
                 slopes[k * wide :], wide, raw,
             )  # fmt: skip
             for i in range(min(ROWS, seen - k)):
-                write(raw, i * wide, dim, dp, newest - (k + i) * stride * dim)
+                write(raw, i * wide, dim, target, newest - (k + i) * stride * dim)
         _outer_products(projected, columns, count, seen, u, 0, wide, 1, wide, into.x_proj, lost_by.x_proj)
+        if filtered:
+            contract_row(whole, 0, products, 0, bins, folded_row, dp, b * products.kept * dim)
 
 
 @entry

@@ -16,6 +16,8 @@ alive. So channels should come in the order of their decay.
 
 Sums over time and over rows are compensated (Kahan): without that 1600 positions lose 2e-6.
 
+With a basis, p are the coefficients of each row in it, and the row is made of them in the cache (`product_kernels.py`).
+
 Arrays are as `parts.py` says.
 """
 
@@ -39,21 +41,24 @@ from .parts import (
     silu,
     start_scan,
 )
+from .product_kernels import expand_row
 
 
 @register_jitable
-def forward_scratch(dim, dstate, dt_rank):
+def forward_scratch(products, dim, dstate, dt_rank):
     """Elements that `forward` needs."""
-    return (ROWS + 2) * padded(dim) + scan_size(dim, dstate, dt_rank)
+    filtered = (products.seqlen + products.columns) * dim
+    return (ROWS + 2) * padded(dim) + scan_size(dim, dstate, dt_rank) + filtered
 
 
 @entry
 def forward(
-    p, lengths, z, y, low_rank, order, weights, transposed, scratch,
+    p, products, lengths, z, y, low_rank, order, weights, transposed, scratch,
     first, last, seqlen, dim, dstate, dt_rank, stride, has_z,
 ):  # fmt: skip
     """y of the rows from `first` to before `last`; NaN where a length is not in 1..seqlen.
 
+    p is [batch, seqlen, dim] or, where the products have columns, [batch, kept, dim].
     Channel e of p is channel order[e] of z and y. Delta and B of each position, the last one first, go to `low_rank`
     [batch, ceil(seqlen / stride), dt_rank + dstate], unless that is empty; what was forgotten is left out.
     """
@@ -62,21 +67,26 @@ def forward(
     u, scratch = scratch[: ROWS * wide], scratch[ROWS * wide :]
     gate, scratch = scratch[:wide], scratch[wide:]
     value, scratch = scratch[:wide], scratch[wide:]
-    scan = as_scan(scratch, dim, dstate, dt_rank)
+    filtered = products.columns > 0
+    row, bins = scratch[: products.seqlen * dim], scratch[products.seqlen * dim :]
+    scan = as_scan(scratch[(products.seqlen + products.columns) * dim :], dim, dstate, dt_rank)
     kept, columns, slots = dt_rank + dstate, padded(dt_rank + dstate), (seqlen + stride - 1) // stride
     for b in range(first, last):
         length = lengths[b]
         if length < 1 or length > seqlen:
             fill(y, b * dim, (b + 1) * dim, np.nan)
             continue
-        newest = (b * seqlen + length - 1) * dim
+        if filtered:
+            expand_row(p, b * products.kept * dim, products, 0, bins, row, 0)
+        source = row if filtered else p
+        newest = ((0 if filtered else b * seqlen) + length - 1) * dim
         steps = (length + stride - 1) // stride
         start_scan(scan, wide, dstate)
         for k in range(0, steps, ROWS):
             if not forget(scan, w, wide, dstate):
                 break
             rows = min(ROWS, steps - k)
-            read(p, newest - k * stride * dim, stride * dim, rows, dim, u)
+            read(source, newest - k * stride * dim, stride * dim, rows, dim, u)
             silu(u, rows * wide)
             scan_block(u, rows, k == 0, w, transposed, scan, dim, dstate, dt_rank)
             if low_rank.size > 0:

@@ -7,11 +7,35 @@ Arrays are flat and contiguous, x [rows, seqlen, dim] and bins [rows, kept + ext
 
 from __future__ import annotations
 
-from .borrow import borrower
-from .compiler import entry
+from typing import NamedTuple
+
+import numpy as np
+from numba.extending import register_jitable
+
+from .compiler import borrower, entry
 from .parts import fill, write
 from .simd import LANES, full, load, store
 from .symmetry_kernels import GROUP, contract, expand, mixed
+
+
+class Products(NamedTuple):
+    """A basis by its orbits, and the sizes of the products with it."""
+
+    basis: np.ndarray  # [orbits, columns]
+    positions: np.ndarray  # int64 [slots]
+    source: np.ndarray  # int64 [columns], the column of V; -1 for none
+    seqlen: int
+    kept: int  # columns of V
+    classes: int
+    orbits: int
+    columns: int
+    dim: int
+
+
+@register_jitable
+def scratch_size(products):
+    """Elements that a row's products need."""
+    return (products.columns + products.positions.size) * products.dim
 
 
 @borrower
@@ -41,53 +65,57 @@ def _fold(x, start, positions, classes, orbits, dim, out):
 
 
 @borrower
-def _contracted(
-    x, basis, positions, source, out, bins, folded, first, last, seqlen, kept, extra, classes, orbits, columns, dim
-):  # fmt: skip
-    for b in range(first, last):
-        start, to = b * seqlen * dim, b * (kept + extra) * dim
-        _fold(x, start, positions, classes, orbits, dim, folded)
-        contract(basis, 0, columns, classes, folded, orbits, dim, bins)
-        for c in range(columns):
-            if source[c] >= 0:
-                write(bins, c * dim, dim, out, to + source[c] * dim)
-        write(x, start + (seqlen - extra) * dim, extra * dim, out, to + kept * dim)
+def contract_row(x, start, products, extra, bins, folded, out, to):
+    """V^T x of one row from x[start:] to out[to:]; scratch bins [columns, dim] and folded [slots, dim]."""
+    dim, columns = products.dim, products.columns
+    _fold(x, start, products.positions, products.classes, products.orbits, dim, folded)
+    contract(products.basis, 0, columns, products.classes, folded, products.orbits, dim, bins)
+    for c in range(columns):
+        if products.source[c] >= 0:
+            write(bins, c * dim, dim, out, to + products.source[c] * dim)
+    write(x, start + (products.seqlen - extra) * dim, extra * dim, out, to + products.kept * dim)
 
 
 @borrower
-def _expanded(
-    x, basis, positions, source, out, bins, first, last, seqlen, kept, extra, classes, orbits, columns, dim
-):  # fmt: skip
+def expand_row(x, start, products, extra, bins, out, to):
+    """V x of one row's bins from x[start:] to out[to:]; scratch bins [columns, dim]."""
+    dim, columns = products.dim, products.columns
     fill(bins, 0, columns * dim, 0)
+    for c in range(columns):
+        if products.source[c] >= 0:
+            write(x, start + products.source[c] * dim, dim, bins, c * dim)
+    for group in range((products.orbits * products.classes + GROUP - 1) // GROUP):
+        expand(
+            products.basis, 0, columns, products.classes, bins, products.positions, 0, group, products.orbits, dim, out,
+            to,
+        )  # fmt: skip
+    ends = to + (products.seqlen - extra) * dim
+    for c in range(0, extra * dim, LANES):
+        store(out, ends + c, load(out, ends + c) + load(x, start + products.kept * dim + c))
+
+
+@borrower
+def _contracted(x, products, extra, bins, folded, out, first, last):
+    size, from_ = (products.kept + extra) * products.dim, products.seqlen * products.dim
     for b in range(first, last):
-        start, to = b * (kept + extra) * dim, b * seqlen * dim
-        for c in range(columns):
-            if source[c] >= 0:
-                write(x, start + source[c] * dim, dim, bins, c * dim)
-        for group in range((orbits * classes + GROUP - 1) // GROUP):
-            expand(basis, 0, columns, classes, bins, positions, 0, group, orbits, dim, out, to)
-        ends = to + (seqlen - extra) * dim
-        for c in range(0, extra * dim, LANES):
-            store(out, ends + c, load(out, ends + c) + load(x, start + kept * dim + c))
+        contract_row(x, b * from_, products, extra, bins, folded, out, b * size)
+
+
+@borrower
+def _expanded(x, products, extra, bins, out, first, last):
+    size, to = (products.kept + extra) * products.dim, products.seqlen * products.dim
+    for b in range(first, last):
+        expand_row(x, b * size, products, extra, bins, out, b * to)
 
 
 @entry
-def contracted(
-    x, basis, positions, source, out, scratch, first, last, seqlen, kept, extra, classes, orbits, columns, dim
-):  # fmt: skip
-    """Bins of the rows from `first` to before `last`; scratch [columns + slots, dim]."""
-    bins, folded = scratch[: columns * dim], scratch[columns * dim :]
-    _contracted(
-        x, basis, positions, source, out, bins, folded, first, last, seqlen, kept, extra, classes, orbits, columns, dim
-    )  # fmt: skip
+def contracted(x, products, out, scratch, first, last, extra):
+    """Bins of the rows from `first` to before `last`; scratch as `scratch_size` says."""
+    size = products.columns * products.dim
+    _contracted(x, products, extra, scratch[:size], scratch[size:], out, first, last)
 
 
 @entry
-def expanded(
-    x, basis, positions, source, out, scratch, first, last, seqlen, kept, extra, classes, orbits, columns, dim
-):  # fmt: skip
+def expanded(x, products, out, scratch, first, last, extra):
     """The same of the transpose: `x` are bins, `out` is x."""
-    bins = scratch[: columns * dim]
-    _expanded(
-        x, basis, positions, source, out, bins, first, last, seqlen, kept, extra, classes, orbits, columns, dim
-    )  # fmt: skip
+    _expanded(x, products, extra, scratch[: products.columns * products.dim], out, first, last)

@@ -38,18 +38,31 @@ def pack(basis: Tensor, dtype: torch.dtype) -> Products:
     return Products(packed.basis[0], packed.positions[0], packed.columns[0], seqlen, kept, classes, orbits)
 
 
-def _run(kernel: Any, x: Tensor, out: Tensor, products: Products, extra: int) -> Tensor:
+def as_arrays(products: Products | None, dim: int, dtype: torch.dtype) -> Any:
+    """As `product_kernels.py` takes it, for `dim` channels; None as one without columns."""
+    from . import product_kernels as kernels
+
+    if products is None:
+        empty = as_flat(None, torch.int64)
+        return kernels.Products(as_flat(None, dtype), empty, empty, 0, 0, 0, 0, 0, dim)
     basis, positions, source, seqlen, kept, classes, orbits = products
-    rows, columns = basis.shape
+    places, columns = as_flat(positions, torch.int64), as_flat(source, torch.int64)
+    return kernels.Products(
+        as_flat(basis, dtype), places, columns, seqlen, kept, classes, orbits, basis.shape[1], dim
+    )  # fmt: skip
+
+
+def _run(kernel: Any, x: Tensor, out: Tensor, products: Products, extra: int) -> Tensor:
+    from . import product_kernels as kernels
+
     dtype, (batch, _, dim) = x.dtype, x.shape
-    arrays = [as_flat(x, dtype), as_flat(basis, dtype), *(as_flat(t, torch.int64) for t in (positions, source))]
-    to = as_flat(out, dtype)
+    arrays = (as_flat(x, dtype), as_arrays(products, dim, dtype), as_flat(out, dtype))
 
     def slice_(first: int, last: int) -> None:
-        with scratch((rows * classes + columns) * dim, dtype) as memory:
-            kernel(*arrays, to, memory, first, last, seqlen, kept, extra, classes, orbits, columns, dim)
+        with scratch(kernels.scratch_size(arrays[1]), dtype) as memory:
+            kernel(*arrays, memory, first, last, extra)
 
-    run(slice_, batch, max(1, MULTIPLY_ADDS // (rows * columns * dim)))
+    run(slice_, batch, max(1, MULTIPLY_ADDS // (products.basis.numel() * dim)))
     return out
 
 

@@ -46,22 +46,23 @@ def spectral_projection(
 ) -> Tensor:
     """As `fastm2rec.reference.spectral_projection.spectral_projection`."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    tensors = (x, basis, mask, weight, bias, conv_weight, conv_bias)
     if conv_first and conv_weight is not None and weight is not None:
-        products = _fourier_products(basis, conv_weight, dtype)
+        products = fourier_products(basis, conv_weight, dtype)
         if products is not None:
-            y = _fourier_last(products, *(t if t is None else t.to(dtype) for t in tensors))
+            bins = fourier_bins(products, x, basis, mask, weight, bias, conv_weight, conv_bias)
+            y = expand(bins, basis.to(dtype), products)
             return (F.silu(y) if activation == "silu" else y).to(x.dtype)
     if conv_weight is None or weight is None or conv_weight.shape[1] * basis.shape[-1] > basis.shape[-2]:
         return reference(
             x, basis, mask, weight, bias,
             conv_weight=conv_weight, conv_bias=conv_bias, conv_first=conv_first, activation=activation,
         )  # fmt: skip
+    tensors = (x, basis, mask, weight, bias, conv_weight, conv_bias)
     y = (_filter_last if conv_first else _filter_first)(*(t if t is None else t.to(dtype) for t in tensors))
     return (F.silu(y) if activation == "silu" else y).to(x.dtype)
 
 
-def _fourier_products(basis: Tensor, conv_weight: Tensor, dtype: torch.dtype) -> Products | None:
+def fourier_products(basis: Tensor, conv_weight: Tensor, dtype: torch.dtype) -> Products | None:
     """The basis packed, if it is Fourier's over all slots and the sizes are those that the kernels take."""
     dim, width = conv_weight.shape
     if (
@@ -110,15 +111,26 @@ def _masked(bins: Tensor, mask: Tensor | None) -> Tensor:
     return bins * (mask.unsqueeze(-1) if mask.dim() == 1 or mask.shape == bins.shape[:2] else mask)
 
 
-def _fourier_last(products, x, basis, mask, weight, bias, conv_weight, conv_bias):
-    extra = conv_weight.shape[1] - 1
+def fourier_bins(
+    products: Products,
+    x: Tensor,
+    basis: Tensor,
+    mask: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+) -> Tensor:
+    """m * V^T conv(x W^T + b) [B, R, E], in float32 at least, for `fourier_products` of V."""
+    dtype, extra = products.basis.dtype, conv_weight.shape[1] - 1
+    x, basis, weight, conv_weight = (t.to(dtype) for t in (x, basis, weight, conv_weight))
     bins = F.linear(contract(x, basis, products, extra), weight)
     if bias is not None:
         bins = bins + F.pad(basis.sum(dim=0), (0, extra), value=1.0)[:, None] * bias
-    bins = convolved_bins(bins.to(basis.dtype), conv_weight, basis)  # autocast makes products half precision
+    bins = convolved_bins(bins.to(dtype), conv_weight, basis)  # autocast makes products half precision
     if conv_bias is not None:
         bins = bins + basis.sum(dim=0)[:, None] * conv_bias
-    return expand(_masked(bins, mask), basis, products)
+    return _masked(bins, mask)
 
 
 def _filter_last(x, basis, mask, weight, bias, conv_weight, conv_bias):

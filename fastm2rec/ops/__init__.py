@@ -16,6 +16,7 @@ from ..kernels._nodes import fit_nodes
 from ._causal_conv1d import causal_conv1d
 from ._dropout_norm import dropout_norm
 from ._encode_last import encode_last
+from ._filtered_last_scan import filtered_last_scan
 from ._gated_fusion import gated_fusion
 from ._last_scan import last_scan
 from ._last_state import last_state
@@ -27,6 +28,7 @@ __all__ = [
     "causal_conv1d",
     "dropout_norm",
     "encode_last",
+    "filtered_last_scan",
     "fit_nodes",
     "gated_fusion",
     "last_scan",

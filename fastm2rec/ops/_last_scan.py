@@ -66,18 +66,28 @@ def last_scan(
         expect_shape("z", z, ("B", "E"), sizes)
     if sizes["L"] == 0:
         raise ValueError("p: expected an L of at least 1, got 0")
-    if isinstance(stride, bool) or not isinstance(stride, int) or stride < 1:
-        raise ValueError(f"stride: expected an integer of at least 1, got {stride!r}")
+    expect_stride(stride)
     expect_lengths(lengths, sizes["B"], sizes["L"], p)
-    if order is not None:
-        expect_shape("order", order, ("E",), sizes)
-        if order.dtype != torch.int64 or order.device != p.device:
-            raise TypeError(f"order: expected int64 on {p.device}, got {order.dtype} on {order.device}")
-        places = torch.arange(sizes["E"], device=p.device)
-        if not torch.compiler.is_compiling() and not torch.equal(order.sort().values, places):
-            raise ValueError(
-                f"order: expected each of 0 to {len(order) - 1} once, got {len(order.unique())} numbers from "
-                f"{order.min()} to {order.max()}"
-            )
+    expect_order(order, p, sizes)
     function = resolve("last_scan", impl, p.device)
     return function(p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z, lengths, stride, order)
+
+
+def expect_stride(stride: int) -> None:
+    if isinstance(stride, bool) or not isinstance(stride, int) or stride < 1:
+        raise ValueError(f"stride: expected an integer of at least 1, got {stride!r}")
+
+
+def expect_order(order: Tensor | None, x: Tensor, sizes: dict[str, int]) -> None:
+    """None, or a permutation of the channels E where x is; its values are checked outside of compiled graphs."""
+    if order is None:
+        return
+    expect_shape("order", order, ("E",), sizes)
+    if order.dtype != torch.int64 or order.device != x.device:
+        raise TypeError(f"order: expected int64 on {x.device}, got {order.dtype} on {order.device}")
+    places = torch.arange(sizes["E"], device=x.device)
+    if not torch.compiler.is_compiling() and not torch.equal(order.sort().values, places):
+        raise ValueError(
+            f"order: expected each of 0 to {len(order) - 1} once, got {len(order.unique())} numbers from "
+            f"{order.min()} to {order.max()}"
+        )

@@ -1,0 +1,137 @@
+"""`filtered_last_scan`: the numba engine, which makes each row in the cache, against the two ops in turn."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from fastm2rec.basis import row_basis
+from fastm2rec.reference.filtered_last_scan import filtered_last_scan as reference
+from tests._bounds import assert_as_good, cast, gradients
+
+pytest.importorskip("numba", reason="numba is not installed")
+
+from fastm2rec.cpu import last_scan as engine
+from fastm2rec.cpu.filtered_last_scan import filtered_last_scan
+from fastm2rec.cpu.spectral_projection import fourier_bins, fourier_products
+
+NAMES = (
+    "y", "x", "mask", "weight", "bias", "conv_weight", "conv_bias", "x_proj_weight", "dt_proj_weight", "dt_proj_bias",
+    "A", "D", "z",
+)  # fmt: skip
+
+
+def _inputs(seqlen: int, dim: int = 32, *, dstate: int = 3, optional: bool = True) -> list[Any]:
+    """All but basis, lengths, stride and order, in the order of NAMES; step sizes about 0.1."""
+    batch, columns, dt_rank = 5, 2 * int(0.1 * seqlen) + 1, 3
+    r = torch.randn
+    return [
+        r(batch, seqlen, 12), torch.rand(columns) if optional else None, r(dim, 12) * 0.3, r(dim) if optional else None,
+        r(dim, 4), r(dim) if optional else None, r(dt_rank + 2 * dstate, dim) * dim**-0.5, r(dim, dt_rank) * 0.5,
+        torch.rand(dim) * 3 - 4 if optional else None, -torch.arange(1.0, dstate + 1) * torch.exp(0.1 * r(dim, dstate)),
+        r(dim), r(batch, dim) if optional else None,
+    ]  # fmt: skip
+
+
+def _basis(seqlen: int, kind: Any = "fourier") -> Tensor:
+    columns = 2 * int(0.1 * seqlen) + 1
+    return row_basis(torch.tensor([seqlen]), seqlen, columns, kind, torch.float64)[0]
+
+
+def _lengths(seqlen: int) -> Tensor:
+    return torch.tensor([seqlen, 1, max(1, seqlen // 2), max(1, seqlen - 1), min(3, seqlen)])
+
+
+def _call(function: Any, basis: Tensor, lengths: Tensor, stride: int, order: Tensor | None, *values: Any) -> Tensor:
+    x, *rest = values
+    return function(x, lengths, basis.to(x.dtype), *rest, stride, order)
+
+
+@pytest.mark.usefixtures("nan_filled")
+@pytest.mark.parametrize(
+    ("seqlen", "dim", "stride", "ordered", "optional", "kind"),
+    [
+        (50, 64, 1, True, True, "fourier"),
+        (51, 32, 2, False, True, "fourier"),
+        (200, 32, 1, True, False, "fourier"),
+        (201, 32, 3, True, True, "fourier"),
+        (7, 32, 1, False, True, "fourier"),
+        (50, 32, 1, True, True, "dct"),
+        (50, 20, 1, True, True, "fourier"),
+    ],
+)
+def test_values_and_gradients(seqlen: int, dim: int, stride: int, ordered: bool, optional: bool, kind: str) -> None:
+    inputs, dy = _inputs(seqlen, dim, optional=optional), torch.randn(5, dim)
+    order = torch.randperm(dim) if ordered else None
+    arguments = (_basis(seqlen, kind), _lengths(seqlen), stride, order)
+    got, plain = (gradients(partial(_call, f, *arguments), inputs, dy) for f in (filtered_last_scan, reference))
+    double = cast(inputs, torch.float64)
+    close, exact = (gradients(partial(_call, f, *arguments), double, dy) for f in (filtered_last_scan, reference))
+    present = [name for name, value in zip(NAMES, [dy, *inputs], strict=True) if value is not None]
+    for name, a, b, c, d in zip(present, got, plain, exact, close, strict=True):
+        assert_as_good(a, b, c, name=name)
+        assert (d - c).abs().max() <= 1e-13 * c.abs().max(), name
+
+
+def test_nothing_as_large_as_the_convolution_is_made() -> None:
+    """All that is kept for the gradient is smaller than [B, L, E]."""
+    inputs = [value if value is None else value.requires_grad_() for value in _inputs(200, 64)]
+    kept: list[int] = []
+
+    def look(x: Tensor) -> Tensor:
+        kept.append(x.numel())
+        return x
+
+    with saved_tensors_hooks(look, lambda x: x):
+        y = _call(filtered_last_scan, _basis(200), _lengths(200), 1, None, *inputs)
+    y.sum().backward()
+    assert kept
+    assert max(kept) < 5 * 200 * 64
+
+
+def test_a_row_does_not_depend_on_its_neighbours_or_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, basis, lengths, dy = _inputs(50), _basis(50), _lengths(50), torch.randn(5, 32)
+    expected = gradients(partial(_call, filtered_last_scan, basis, lengths, 1, None), inputs, dy)
+    before = torch.get_num_threads()
+    monkeypatch.setattr(engine, "SLICE", 1)
+    try:
+        torch.set_num_threads(3)
+        got = gradients(partial(_call, filtered_last_scan, basis, lengths, 1, None), inputs, dy)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+    single = [inputs[0][3:4], *inputs[1:-1], inputs[-1][3:4]]
+    y, dx, *_ = gradients(partial(_call, filtered_last_scan, basis, lengths[3:4], 1, None), single, dy[3:4])
+    assert torch.equal(y[0], expected[0][3])
+    assert torch.equal(dx[0], expected[1][3])
+
+
+def test_a_length_that_nobody_checked() -> None:
+    inputs, basis, lengths, dy = _inputs(50), _basis(50), _lengths(50), torch.randn(5, 32)
+    y, dx, *_ = gradients(partial(_call, filtered_last_scan, basis, lengths, 1, None), inputs, dy)
+    for wrong in (0, -3, 51, 2**40):
+        lengths[1] = wrong
+        bad_y, bad_dx, *_ = gradients(partial(_call, filtered_last_scan, basis, lengths, 1, None), inputs, dy)
+        assert bad_y[1].isnan().all()
+        assert bad_dx[1].isnan().all()
+        assert torch.equal(bad_y[2], y[2])
+        assert torch.equal(bad_dx[2], dx[2])
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_opcheck(keep: bool) -> None:
+    x, mask, weight, bias, conv_weight, conv_bias, *scanned = _inputs(20)
+    basis = _basis(20).float()
+    products = fourier_products(basis, conv_weight, torch.float32)
+    assert products is not None
+    bins = fourier_bins(products, x, basis, mask, weight, bias, conv_weight, conv_bias)
+    leaves = [value.detach().requires_grad_(keep) for value in (bins, *scanned)]
+    rest = (_lengths(20), 2, torch.randperm(32), *products)
+    torch.library.opcheck(engine._forward_op, (*leaves, *rest, keep))
+    y, low_rank = engine._forward_op(*(value.detach() for value in leaves), *rest, True)
+    torch.library.opcheck(engine._backward_op, (y, low_rank, *(value.detach() for value in leaves), *rest))
