@@ -347,6 +347,35 @@ def test_more_processes_than_users_or_samples() -> None:
     assert torch.equal(sum(counts), evaluate(model, one, mask_history=True).counts)  # type: ignore[arg-type]
 
 
+_FAULTS = """
+import resource, sys, torch
+from fastm2rec.training.runtime import keep_freed_memory
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3):
+        tensors = [torch.ones(2**22) for _ in range(4)]  # 64 MB, of which glibc gives most back
+        del tensors
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+faults()
+plain = faults()
+keep_freed_memory()
+faults()
+print(plain, faults())
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have other allocators")
+def test_freed_memory_is_kept() -> None:
+    """The second round of the same tensors touches no new page."""
+    done = subprocess.run([sys.executable, "-c", _FAULTS], capture_output=True, text=True, check=True)
+    plain, kept = map(int, done.stdout.split())
+    if plain < 1000:
+        pytest.skip("this C library keeps memory by itself")
+    assert kept < plain / 10
+
+
 def test_the_protocol_in_words() -> None:
     text = protocol(_runs.config().data, _runs.inputs().dataset, "valid", mask_history=True, users=24)
     for part in (

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
 def run(arguments: list[str]) -> int:
     from ..training import train
+    from ..training.runtime import keep_freed_memory
 
+    keep_freed_memory()
     config, options = _parse_run(arguments)
     out = Path(options.out or Path("runs") / f"{config.data.dataset}-{config.model_name}")
     result = train(config, out, resume=options.resume)
