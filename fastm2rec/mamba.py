@@ -15,7 +15,7 @@ from torch import Tensor
 from . import ops
 from .impl import silu_in_scan
 from .reference.mamba import Mamba as ReferenceMamba
-from .spectral import SpectralFilter, take
+from .spectral import SpectralFilter, take, with_one
 
 
 class Mamba(ReferenceMamba):
@@ -89,9 +89,11 @@ class Mamba(ReferenceMamba):
             stride: scan every stride-th position, counted back from the last real one.
         """
         filtered = filter is not None and not inner
-        z = F.linear(
-            filter.last(x, lengths) if filter is not None and filtered else take(x, lengths - 1), *self._half(1)
-        )
+        if filter is not None and filtered:
+            newest = filter.last(x, lengths)
+        else:
+            x, newest = with_one(x, lengths - 1)
+        z = F.linear(newest, *self._half(1))
         gate = None if self.scan_norm else z
         if silu_in_scan(impl, x.device):
             y = self._last_scan(x, gate, lengths, filter, inner, stride, impl)
