@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..impl import AUTO, resolve
 from ._checks import expect_alike, expect_lengths, expect_shape
-from ._last_scan import expect_order, expect_stride
+from ._last_scan import expect_order, expect_scan, expect_stride
 
 
 def filtered_last_scan(
@@ -65,15 +65,10 @@ def filtered_last_scan(
         expect_shape("mask", mask, ("R",) if mask.dim() == 1 else ("B", "R"), sizes)
     expect_shape("weight", weight, ("E", "C"), sizes)
     expect_shape("conv_weight", conv_weight, ("E", "width"), sizes)
-    expect_shape("A", A, ("E", "N"), sizes)
-    expect_shape("dt_proj_weight", dt_proj_weight, ("E", "dt_rank"), sizes)
-    expect_shape("x_proj_weight", x_proj_weight, (sizes["dt_rank"] + 2 * sizes["N"], "E"), sizes)
-    vectors = {"bias": bias, "conv_bias": conv_bias, "dt_proj_bias": dt_proj_bias, "D": D}
-    for name, vector in vectors.items():
+    for name, vector in (("bias", bias), ("conv_bias", conv_bias)):
         if vector is not None:
             expect_shape(name, vector, ("E",), sizes)
-    if z is not None:
-        expect_shape("z", z, ("B", "E"), sizes)
+    expect_scan(x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z, sizes)
     if sizes["L"] == 0:
         raise ValueError("x: expected an L of at least 1, got 0")
     expect_stride(stride)

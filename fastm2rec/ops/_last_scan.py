@@ -56,6 +56,26 @@ def last_scan(
                            "dt_proj_bias": dt_proj_bias, "A": A, "D": D, "z": z})  # fmt: skip
     sizes: dict[str, int] = {}
     expect_shape("p", p, ("B", "L", "E"), sizes)
+    expect_scan(x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z, sizes)
+    if sizes["L"] == 0:
+        raise ValueError("p: expected an L of at least 1, got 0")
+    expect_stride(stride)
+    expect_lengths(lengths, sizes["B"], sizes["L"], p)
+    expect_order(order, p, sizes)
+    function = resolve("last_scan", impl, p.device)
+    return function(p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z, lengths, stride, order)
+
+
+def expect_scan(
+    x_proj_weight: Tensor,
+    dt_proj_weight: Tensor,
+    dt_proj_bias: Tensor | None,
+    A: Tensor,
+    D: Tensor,
+    z: Tensor | None,
+    sizes: dict[str, int],
+) -> None:
+    """What the scan reads, for B rows and E channels."""
     expect_shape("A", A, ("E", "N"), sizes)
     expect_shape("dt_proj_weight", dt_proj_weight, ("E", "dt_rank"), sizes)
     expect_shape("x_proj_weight", x_proj_weight, (sizes["dt_rank"] + 2 * sizes["N"], "E"), sizes)
@@ -64,13 +84,6 @@ def last_scan(
             expect_shape(name, vector, ("E",), sizes)
     if z is not None:
         expect_shape("z", z, ("B", "E"), sizes)
-    if sizes["L"] == 0:
-        raise ValueError("p: expected an L of at least 1, got 0")
-    expect_stride(stride)
-    expect_lengths(lengths, sizes["B"], sizes["L"], p)
-    expect_order(order, p, sizes)
-    function = resolve("last_scan", impl, p.device)
-    return function(p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z, lengths, stride, order)
 
 
 def expect_stride(stride: int) -> None:
