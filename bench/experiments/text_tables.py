@@ -34,7 +34,11 @@ from fastm2rec.data import DataError, Loaded, TextTable, load_dataset, save_text
 from fastm2rec.text import Template, embed_items, item_table, load_encoder, tune_encoder
 
 # What the folder's table says of an item. A venue's title is its category, and nothing else is known of it.
-FULL = {"amazon-beauty": "{title}, {brand}, {categories: }", "foursquare-nyc": "{title}"}
+FULL = {
+    "amazon-beauty": "{title}, {brand}, {categories: }",
+    "foursquare-nyc": "{title}",
+    "ml-100k": "{title}, {categories: }",
+}
 TITLES = "{title}"
 NAMES = ("permuted", "tfidf", "tuned", "titles")  # the quickest first
 WIDTH = 384  # of all-MiniLM-L6-v2
