@@ -33,6 +33,7 @@ def _with_filter(functions: dict[str, Callable[..., Any]]) -> dict[str, Callable
 def _reference() -> dict[str, Callable[..., Any]]:
     # Imports in a function are late, and unlike importlib's they can be traced by torch.compile.
     from .reference.causal_conv1d import causal_conv1d
+    from .reference.cross_entropy import cross_entropy
     from .reference.dropout_norm import dropout_norm
     from .reference.encode_last import encode_last
     from .reference.gated_fusion import gated_fusion
@@ -44,6 +45,7 @@ def _reference() -> dict[str, Callable[..., Any]]:
     return _with_filter(
         {
             "causal_conv1d": causal_conv1d,
+            "cross_entropy": cross_entropy,
             "dropout_norm": dropout_norm,
             "encode_last": encode_last,
             "gated_fusion": gated_fusion,
@@ -57,6 +59,7 @@ def _reference() -> dict[str, Callable[..., Any]]:
 
 
 def _cpu() -> dict[str, Callable[..., Any]]:
+    from .cpu.cross_entropy import cross_entropy
     from .cpu.dropout_norm import dropout_norm
     from .cpu.encode_last import encode_last
     from .cpu.filtered_last_scan import filtered_last_scan
@@ -65,6 +68,7 @@ def _cpu() -> dict[str, Callable[..., Any]]:
 
     return {
         **_reference(),
+        "cross_entropy": cross_entropy,
         "dropout_norm": dropout_norm,
         "encode_last": encode_last,
         "filtered_last_scan": filtered_last_scan,
@@ -81,12 +85,14 @@ def _triton() -> dict[str, Callable[..., Any]]:
     from .kernels.selective_scan import selective_scan
     from .kernels.spectral_fft import spectral_projection_fft
     from .kernels.spectral_projection import spectral_projection
+    from .reference.cross_entropy import cross_entropy
     from .reference.dropout_norm import dropout_norm
     from .reference.last_scan import last_scan
 
     return _with_filter(
         {
             "causal_conv1d": causal_conv1d,
+            "cross_entropy": cross_entropy,
             "dropout_norm": dropout_norm,
             "encode_last": encode_last,
             "gated_fusion": gated_fusion,
@@ -161,8 +167,8 @@ class _Implementation:
 
 _OPS = frozenset(
     {
-        "causal_conv1d", "dropout_norm", "encode_last", "filtered_last_scan", "gated_fusion", "last_scan", "last_state",
-        "selective_scan", "spectral_projection", "spectral_projection_fft",
+        "causal_conv1d", "cross_entropy", "dropout_norm", "encode_last", "filtered_last_scan", "gated_fusion",
+        "last_scan", "last_state", "selective_scan", "spectral_projection", "spectral_projection_fft",
     }
 )  # fmt: skip
 

@@ -1,8 +1,4 @@
-"""What training minimises: the softmax cross-entropy over the whole catalogue, or BCE with sampled negatives.
-
-The scores of a batch against a catalogue are a [rows, n_items] matrix, by far the largest tensor of a training step.
-torch 2.13's `linear_cross_entropy` makes it in pieces of some rows at a time and never holds it whole.
-"""
+"""What training minimises: the softmax cross-entropy over the whole catalogue, or BCE with sampled negatives."""
 
 from __future__ import annotations
 
@@ -12,14 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .impl import AUTO
+from .ops import cross_entropy
+
 Loss: TypeAlias = Literal["ce", "bce"]
 Reduction: TypeAlias = Literal["mean", "sum"]
-
-# Rows of scores made at once. On a CPU 128 rows stay in its caches: 1.7 to 2.9 times as fast as the whole matrix at
-# 512 to 2048 rows, 1.3 to 100 thousand items and D = 64, one thread; the rule of torch itself takes as few as one row
-# there, and is slower than no chunks. A GPU wants long matrix products, so there only memory is bounded, to 128 MB.
-_CPU_ROWS = 128
-_MAX_SCORES = 2**25
 
 
 def next_item_loss(
@@ -30,6 +23,7 @@ def next_item_loss(
     n_negatives: int = 1,
     generator: torch.Generator | None = None,
     reduction: Reduction = "mean",
+    impl: str = AUTO,
 ) -> Tensor:
     """The loss of predicting `targets` from `query`, in float32 at least, whatever autocast is active.
 
@@ -45,6 +39,7 @@ def next_item_loss(
         n_negatives: negatives of each row, for "bce".
         generator: draws the negatives; None takes the device's default generator.
         reduction: "mean" or "sum" over the rows.
+        impl: which implementation of `ops.cross_entropy`, for "ce".
 
     Returns:
         A 0-dim tensor.
@@ -63,18 +58,10 @@ def next_item_loss(
         dtype = torch.promote_types(torch.promote_types(query.dtype, weight.dtype), torch.float32)
         query, weight = query.to(dtype), weight.to(dtype)
         if kind == "ce":
-            return _cross_entropy(query, weight[1:], targets - 1, reduction)
+            return cross_entropy(query, weight, targets, reduction, impl=impl)
         if kind == "bce":
             return _sampled_bce(query, weight, targets, n_negatives, generator, reduction)
     raise ValueError(f"kind: expected 'ce' or 'bce', got {kind!r}")
-
-
-def _cross_entropy(query: Tensor, weight: Tensor, targets: Tensor, reduction: Reduction) -> Tensor:
-    rows = _CPU_ROWS if query.device.type == "cpu" else max(_CPU_ROWS, _MAX_SCORES // len(weight))
-    if len(query) <= rows or not hasattr(F, "linear_cross_entropy"):  # torch 2.11 and 2.12 have no such function
-        return F.cross_entropy(query @ weight.t(), targets, reduction=reduction)
-    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=rows, chunking_method=None)
-    return F.linear_cross_entropy(query, weight, targets, reduction=reduction, options=options)
 
 
 def _sampled_bce(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
@@ -25,17 +26,21 @@ def empty_array(size: int, dtype: torch.dtype) -> np.ndarray:
     return torch.empty(size, dtype=dtype).numpy()
 
 
-_kept: dict[torch.dtype, list[np.ndarray]] = {torch.float32: [], torch.float64: []}
+_kept: defaultdict[tuple[torch.dtype, str], list[np.ndarray]] = defaultdict(list)
 
 
 @contextmanager
-def scratch(size: int, dtype: torch.dtype) -> Iterator[np.ndarray]:
-    """Memory for one slice; it is kept for others, as the system's pages of a new one can cost more than the work."""
+def scratch(size: int, dtype: torch.dtype, use: str = "slice") -> Iterator[np.ndarray]:
+    """Memory for one slice, or for another use; it is kept for the next that has the same.
+
+    The system's pages of a new one can cost more than the work.
+    """
+    kept = _kept[dtype, use]
     try:
-        array = _kept[dtype].pop()
+        array = kept.pop()
     except IndexError:
         array = empty_array(size, dtype)
     if array.size < size:
         array = empty_array(size, dtype)
     yield array
-    _kept[dtype].append(array)
+    kept.append(array)

@@ -83,7 +83,7 @@ for _operator, _instruction in (
     _register(_operator, _instruction)
 
 
-def _pointer(context, builder, array_type, array, index):
+def address(context, builder, array_type, array, index):
     data = context.make_array(array_type)(context, builder, array).data
     return builder.gep(data, [index])
 
@@ -95,7 +95,7 @@ def load(typingctx, array, index):
 
     def codegen(context, builder, signature, arguments):
         vector = context.get_value_type(lanes)
-        place = _pointer(context, builder, signature.args[0], *arguments)
+        place = address(context, builder, signature.args[0], *arguments)
         value = builder.load(builder.bitcast(place, vector.as_pointer()))
         value.align = array.dtype.bitwidth // 8
         return value
@@ -110,7 +110,7 @@ def load_half(typingctx, array, index):
 
     def codegen(context, builder, signature, arguments):
         vector = context.get_value_type(lanes)
-        place = _pointer(context, builder, signature.args[0], *arguments)
+        place = address(context, builder, signature.args[0], *arguments)
         value = builder.load(builder.bitcast(place, vector.as_pointer()))
         value.align = array.dtype.bitwidth // 8
         return value
@@ -147,7 +147,7 @@ def totals(typingctx, x, start, out, place):
         vector = context.get_value_type(lanes)
 
         def pointer(kind, array, index):
-            return builder.bitcast(_pointer(context, builder, kind, array, index), vector.as_pointer())
+            return builder.bitcast(address(context, builder, kind, array, index), vector.as_pointer())
 
         rows = []
         for i in range(HALF):
@@ -170,7 +170,7 @@ def store(typingctx, array, index, value):
     lanes = Lanes(array.dtype)
 
     def codegen(context, builder, signature, arguments):
-        place = _pointer(context, builder, signature.args[0], *arguments[:2])
+        place = address(context, builder, signature.args[0], *arguments[:2])
         kind = signature.args[2]
         vector = _splat(context, builder, arguments[2], kind, lanes)
         instruction = builder.store(vector, builder.bitcast(place, vector.type.as_pointer()))
@@ -184,7 +184,7 @@ def at(typingctx, array, index):
     """array[index], which is not negative: numba's own indexing asks."""
 
     def codegen(context, builder, signature, arguments):
-        return builder.load(_pointer(context, builder, signature.args[0], *arguments))
+        return builder.load(address(context, builder, signature.args[0], *arguments))
 
     return array.dtype(array, types.intp), codegen
 

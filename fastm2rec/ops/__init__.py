@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from ..kernels._nodes import fit_nodes
 from ._causal_conv1d import causal_conv1d
+from ._cross_entropy import cross_entropy
 from ._dropout_norm import dropout_norm
 from ._encode_last import encode_last
 from ._filtered_last_scan import filtered_last_scan
@@ -26,6 +27,7 @@ from ._spectral_projection import FFT_COLUMNS, spectral_projection, spectral_pro
 __all__ = [
     "FFT_COLUMNS",
     "causal_conv1d",
+    "cross_entropy",
     "dropout_norm",
     "encode_last",
     "filtered_last_scan",
