@@ -34,7 +34,7 @@ def _reference() -> dict[str, Callable[..., Any]]:
     # Imports in a function are late, and unlike importlib's they can be traced by torch.compile.
     from .reference.causal_conv1d import causal_conv1d
     from .reference.cross_entropy import cross_entropy
-    from .reference.dropout_norm import dropout_norm
+    from .reference.embed_norm import embed_norm
     from .reference.encode_last import encode_last
     from .reference.gated_fusion import gated_fusion
     from .reference.last_scan import last_scan
@@ -46,7 +46,7 @@ def _reference() -> dict[str, Callable[..., Any]]:
         {
             "causal_conv1d": causal_conv1d,
             "cross_entropy": cross_entropy,
-            "dropout_norm": dropout_norm,
+            "embed_norm": embed_norm,
             "encode_last": encode_last,
             "gated_fusion": gated_fusion,
             "last_scan": last_scan,
@@ -60,7 +60,7 @@ def _reference() -> dict[str, Callable[..., Any]]:
 
 def _cpu() -> dict[str, Callable[..., Any]]:
     from .cpu.cross_entropy import cross_entropy
-    from .cpu.dropout_norm import dropout_norm
+    from .cpu.embed_norm import embed_norm
     from .cpu.encode_last import encode_last
     from .cpu.filtered_last_scan import filtered_last_scan
     from .cpu.last_scan import last_scan
@@ -69,7 +69,7 @@ def _cpu() -> dict[str, Callable[..., Any]]:
     return {
         **_reference(),
         "cross_entropy": cross_entropy,
-        "dropout_norm": dropout_norm,
+        "embed_norm": embed_norm,
         "encode_last": encode_last,
         "filtered_last_scan": filtered_last_scan,
         "last_scan": last_scan,
@@ -86,14 +86,14 @@ def _triton() -> dict[str, Callable[..., Any]]:
     from .kernels.spectral_fft import spectral_projection_fft
     from .kernels.spectral_projection import spectral_projection
     from .reference.cross_entropy import cross_entropy
-    from .reference.dropout_norm import dropout_norm
+    from .reference.embed_norm import embed_norm
     from .reference.last_scan import last_scan
 
     return _with_filter(
         {
             "causal_conv1d": causal_conv1d,
             "cross_entropy": cross_entropy,
-            "dropout_norm": dropout_norm,
+            "embed_norm": embed_norm,
             "encode_last": encode_last,
             "gated_fusion": gated_fusion,
             "last_scan": partial(last_scan, scan=last_state),
@@ -167,7 +167,7 @@ class _Implementation:
 
 _OPS = frozenset(
     {
-        "causal_conv1d", "cross_entropy", "dropout_norm", "encode_last", "filtered_last_scan", "gated_fusion",
+        "causal_conv1d", "cross_entropy", "embed_norm", "encode_last", "filtered_last_scan", "gated_fusion",
         "last_scan", "last_state", "selective_scan", "spectral_projection", "spectral_projection_fft",
     }
 )  # fmt: skip

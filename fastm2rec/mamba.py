@@ -80,6 +80,7 @@ class Mamba(ReferenceMamba):
         inner: bool = True,
         stride: int = 1,
         impl: str = "auto",
+        newest: Tensor | None = None,
     ) -> Tensor:
         """The last real position only: x [B, L, D] to [B, D]; arguments as of `forward`.
 
@@ -87,11 +88,11 @@ class Mamba(ReferenceMamba):
 
         Args:
             stride: scan every stride-th position, counted back from the last real one.
+            newest: x at each row's last real position [B, D], where the caller has it.
         """
-        filtered = filter is not None and not inner
-        if filter is not None and filtered:
+        if filter is not None and not inner:
             newest = filter.last(x, lengths)
-        else:
+        elif newest is None:
             x, newest = with_one(x, lengths - 1)
         z = F.linear(newest, *self._half(1))
         gate = None if self.scan_norm else z

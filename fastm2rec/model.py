@@ -17,7 +17,7 @@ from .base import SequentialRecommender, check_lengths
 from .config import M2RecConfig
 from .mamba import Mamba
 from .reference.gated_fusion import scale_text
-from .spectral import SpectralFilter, take
+from .spectral import SpectralFilter, with_one
 
 LAYER_NORM_EPS = 1e-12
 INIT_STD = 0.02
@@ -61,13 +61,16 @@ class Layer(nn.Module):
         self.norm = nn.LayerNorm(config.d_model, eps=LAYER_NORM_EPS)
         self.ffn = FeedForward(config)
 
-    def forward(self, x: Tensor, lengths: Tensor, *, last: bool, stride: int, impl: str) -> Tensor:
-        """x [B, L, D], zero at padding, to [B, L, D], or with `last` to [B, D]."""
+    def forward(
+        self, x: Tensor, lengths: Tensor, *, last: bool, stride: int, impl: str, newest: Tensor | None = None
+    ) -> Tensor:
+        """x [B, L, D], zero at padding, to [B, L, D], or with `last` to [B, D]; `newest` as of `Mamba.last`."""
         filter = None if self.placement == "none" else self.filter
         inner = self.placement == "inner"
         if last:
-            y = self.mamba.last(x, lengths, filter, inner, stride, impl)
-            x = take(x, lengths - 1)
+            if newest is None:
+                x, newest = with_one(x, lengths - 1)
+            y, x = self.mamba.last(x, lengths, filter, inner, stride, impl, newest), newest
         else:
             y = self.mamba(x, lengths, filter, inner, impl)
         y = self.dropout(y)
@@ -132,14 +135,20 @@ class M2RecEncoder(nn.Module):
             y = roll_rows(y, x.shape[1] - lengths)
         return y
 
-    def run(self, x: Tensor, lengths: Tensor, *, last: bool, impl: str = "auto") -> Tensor:
-        """`forward` for right-padded input that is known to be sound, and zero at padding."""
+    def run(
+        self, x: Tensor, lengths: Tensor, *, last: bool, impl: str = "auto", newest: Tensor | None = None
+    ) -> Tensor:
+        """`forward` for right-padded input that is known to be sound, and zero at padding.
+
+        `newest` is x at each row's last real position, where the caller has it.
+        """
         if self.config.stride > 1 and not last:
             raise ValueError(f"output: expected 'last' with stride={self.config.stride}, got 'all'")
         *inner, final = self.layers
         for layer in inner:
             x = layer(x, lengths, last=False, stride=1, impl=impl).masked_fill(padding_of(x, lengths), 0.0)
-        x = final(x, lengths, last=last, stride=self.config.stride, impl=impl)
+        newest = None if inner else newest
+        x = final(x, lengths, last=last, stride=self.config.stride, impl=impl, newest=newest)
         return x if last else x.masked_fill(padding_of(x, lengths), 0.0)
 
     def _lengths(
@@ -301,7 +310,8 @@ class M2Rec(SequentialRecommender):
 
     def encode(self, item_ids: Tensor, lengths: Tensor) -> Tensor:
         item_ids, lengths = self.check_batch(item_ids, lengths)
-        h = self.encoder.run(self._embed(item_ids, lengths), lengths, last=True, impl=self.impl)
+        x, newest = self._embed(item_ids, lengths)
+        h = self.encoder.run(x, lengths, last=True, impl=self.impl, newest=newest)
         if self.config.gate == "none":
             return h
         last = item_ids.gather(1, (lengths - 1).unsqueeze(1)).squeeze(1)
@@ -310,19 +320,28 @@ class M2Rec(SequentialRecommender):
     def hidden(self, item_ids: Tensor, lengths: Tensor) -> Tensor:
         item_ids, lengths = self.check_batch(item_ids, lengths)
         seqlen = item_ids.shape[1]
-        h = self.encoder.run(self._embed(item_ids, lengths), lengths, last=False, impl=self.impl)[:, :seqlen]
+        h = self.encoder.run(self._embed(item_ids, lengths)[0], lengths, last=False, impl=self.impl)[:, :seqlen]
         if self.config.gate == "none":
             return h
         return self.fusion(h.flatten(0, 1), self.text, item_ids.flatten(), self.impl).unflatten(0, item_ids.shape)
 
-    def _embed(self, item_ids: Tensor, lengths: Tensor) -> Tensor:
-        """Embedded, normalised items [B, L, D], zero at padding; L is max_len where the filter transforms all slots."""
+    def _embed(self, item_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Embedded, normalised items [B, L, D], zero at padding, and each row's last [B, D].
+
+        L is max_len where the filter transforms all slots.
+        """
         config = self.config
-        if config.filter_placement != "none" and config.spectrum == "padded":
-            item_ids = F.pad(item_ids, (0, config.max_len - item_ids.shape[1]))
+        missing = config.max_len - item_ids.shape[1]
+        if missing and config.filter_placement != "none" and config.spectrum == "padded":
+            item_ids = F.pad(item_ids, (0, missing))
         norm, dropout = self.input_norm, self.dropout.p if self.training else 0.0
-        e = self.item_embedding(item_ids)
-        return ops.dropout_norm(e, lengths, norm.weight, norm.bias, norm.eps, dropout, impl=self.impl)
+        module = self.item_embedding
+        if type(module) is nn.Embedding and not (module._forward_hooks or module._forward_pre_hooks):
+            table = module.weight
+        else:  # what was put in its place, or hooked on to it, makes the vectors
+            table = module(item_ids).flatten(0, 1)
+            item_ids = torch.arange(len(table), device=table.device).view_as(item_ids)
+        return ops.embed_norm(item_ids, lengths, table, norm.weight, norm.bias, norm.eps, dropout, impl=self.impl)
 
 
 def initialise(module: nn.Module, config: M2RecConfig) -> None:

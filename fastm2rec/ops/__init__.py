@@ -15,7 +15,7 @@ from __future__ import annotations
 from ..kernels._nodes import fit_nodes
 from ._causal_conv1d import causal_conv1d
 from ._cross_entropy import cross_entropy
-from ._dropout_norm import dropout_norm
+from ._embed_norm import embed_norm
 from ._encode_last import encode_last
 from ._filtered_last_scan import filtered_last_scan
 from ._gated_fusion import gated_fusion
@@ -28,7 +28,7 @@ __all__ = [
     "FFT_COLUMNS",
     "causal_conv1d",
     "cross_entropy",
-    "dropout_norm",
+    "embed_norm",
     "encode_last",
     "filtered_last_scan",
     "fit_nodes",

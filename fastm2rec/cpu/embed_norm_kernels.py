@@ -1,11 +1,15 @@
 """x = LayerNorm(dropout(e)) at the real positions of a batch, zero at the others; and its gradient.
 
-With v = e k, k being 0 or 1 / (1 - p) for each number, and n = (v - mean) / sqrt(var + eps) over the channels:
+With e = table[ids], v = e k, k being 0 or 1 / (1 - p) for each number, and over the channels
+n = (v - mean) / sqrt(var + eps):
 
     x = n w + b        g = w dx        de = k (g - mean(g) - n mean(g n)) / sqrt(var + eps)        dw = sum dx n
 
-k is not kept but drawn again: it is a function of a key and of the number's place. e [B, L, C] is flat and contiguous,
-C a multiple of LANES. The sums of dw and db are left per group of GROUP rows.
+k is not kept but drawn again: it is a function of a key and of the number's place. Arrays are flat and contiguous, C a
+multiple of LANES. The sums of dw and db are left per group of GROUP rows.
+
+The table's gradient is the sum of de over an item's places in their order, whatever the number of threads: `places`
+sorts them by item.
 
 Positions are taken HALF at a time, as many as `totals` sums at once: one sum after the other takes longer than all else
 does together.
@@ -17,8 +21,8 @@ import numpy as np
 from numba.extending import register_jitable
 
 from .compiler import entry, part
-from .parts import fill
-from .simd import HALF, LANES, dropped, folded, full, load, load_half, store, totals
+from .parts import fill, write
+from .simd import HALF, LANES, at, dropped, folded, full, load, load_half, store, totals
 
 GROUP = 8
 
@@ -36,26 +40,27 @@ def scratch_size(dim):
 
 
 @part
-def _normalised(e, place, rows, dim, key, threshold, scale, eps, kept, n, sums, inverse):
-    """k, centred v and 1 / sqrt(var + eps) of `rows` positions from `place`, [rows, dim] and [rows].
+def _normalised(ids, table, position, rows, dim, key, threshold, scale, eps, kept, n, sums, inverse):
+    """k, centred v and 1 / sqrt(var + eps) of `rows` positions from `position`, [rows, dim] and [rows].
 
     k is written only where something may be dropped.
     """
     for i in range(rows):
-        row = full(e, 0.0)
-        for c in range(i * dim, (i + 1) * dim, LANES):
-            v = load(e, place + c)
+        row = full(table, 0.0)
+        item, place, own = at(ids, position + i) * dim, (position + i) * dim, i * dim
+        for c in range(0, dim, LANES):
+            v = load(table, item + c)
             if threshold > 0:
-                k = dropped(e, place + c, key, threshold, scale)
-                store(kept, c, k)
+                k = dropped(table, place + c, key, threshold, scale)
+                store(kept, own + c, k)
                 v = v * k
-            store(n, c, v)
+            store(n, own + c, v)
             row = row + v
         store(sums, i * HALF, folded(row))
     totals(sums, 0, inverse, 0)
     for i in range(rows):
         mean = inverse[i] / dim
-        row = full(e, 0.0)
+        row = full(table, 0.0)
         for c in range(i * dim, (i + 1) * dim, LANES):
             v = load(n, c) - mean
             store(n, c, v)
@@ -67,28 +72,33 @@ def _normalised(e, place, rows, dim, key, threshold, scale, eps, kept, n, sums, 
 
 
 @entry
-def forward(e, lengths, weight, bias, x, scratch, key, threshold, scale, eps, first, last, seqlen, dim):
-    """x of the rows from `first` to before `last`."""
+def forward(
+    ids, lengths, table, weight, bias, x, newest, scratch, key, threshold, scale, eps, first, last, seqlen, dim
+):
+    """x of the rows from `first` to before `last`, and each row's last of it."""
     block = _block(dim)
     kept, n, scratch = scratch[:block], scratch[block : 2 * block], scratch[2 * block :]
     sums, inverse = scratch[: HALF * HALF], scratch[HALF * HALF :]
     for b in range(first, last):
         length = min(max(lengths[b], 0), seqlen)
         for t in range(0, length, HALF):
-            rows, place = min(HALF, length - t), (b * seqlen + t) * dim
-            _normalised(e, place, rows, dim, key, threshold, scale, eps, kept, n, sums, inverse)
+            rows, position = min(HALF, length - t), b * seqlen + t
+            place = position * dim
+            _normalised(ids, table, position, rows, dim, key, threshold, scale, eps, kept, n, sums, inverse)
             for i in range(rows):
                 for c in range(0, dim, LANES):
                     value = load(n, i * dim + c) * inverse[i] * load(weight, c) + load(bias, c)
                     store(x, place + i * dim + c, value)
         fill(x, (b * seqlen + length) * dim, (b + 1) * seqlen * dim, 0)
+        write(x, (b * seqlen + length - 1) * dim, dim, newest, b * dim)
 
 
 @entry
 def backward(
-    e, lengths, weight, dx, de, dweight, dbias, scratch, key, threshold, scale, eps, first, last, batch, seqlen, dim
-):
-    """de, and the sums dweight and dbias [groups, dim], of the groups from `first` to before `last`."""
+    ids, lengths, table, weight, dx, dnewest, de, dweight, dbias, scratch, key, threshold, scale, eps, first, last,
+    batch, seqlen, dim,
+):  # fmt: skip
+    """de at real positions, and sums dweight and dbias [groups, dim], of the groups from `first` to before `last`."""
     block = _block(dim)
     kept, n, scratch = scratch[:block], scratch[block : 2 * block], scratch[2 * block :]
     g, scratch = scratch[:block], scratch[block:]
@@ -101,14 +111,17 @@ def backward(
         for b in range(group * GROUP, min(batch, (group + 1) * GROUP)):
             length = min(max(lengths[b], 0), seqlen)
             for t in range(0, length, HALF):
-                rows, place = min(HALF, length - t), (b * seqlen + t) * dim
-                _normalised(e, place, rows, dim, key, threshold, scale, eps, kept, n, sums, inverse)
+                rows, position = min(HALF, length - t), b * seqlen + t
+                place = position * dim
+                _normalised(ids, table, position, rows, dim, key, threshold, scale, eps, kept, n, sums, inverse)
                 fill(sums, 0, rows * HALF, 0)
                 fill(along, 0, rows * HALF, 0)
                 for c in range(0, dim, LANES):
                     w, dw, db = load(weight, c), load(dweight, into + c), load(dbias, into + c)
                     for i in range(rows):
                         d, value = load(dx, place + i * dim + c), load(n, i * dim + c) * inverse[i]
+                        if t + i == length - 1:
+                            d = d + load(dnewest, b * dim + c)
                         store(n, i * dim + c, value)
                         dw, db = dw + d * value, db + d
                         d = d * w
@@ -126,4 +139,34 @@ def backward(
                         if threshold > 0:
                             d = d * load(kept, c)
                         store(de, place + c, d)
-            fill(de, (b * seqlen + length) * dim, (b + 1) * seqlen * dim, 0)
+
+
+@entry
+def places(ids, lengths, starts, found, batch, seqlen):
+    """The real positions sorted by item: those of item v are found[starts[v] : starts[v + 1]], in their order.
+
+    starts [V + 2] and found [B L] int64.
+    """
+    items = starts.size - 2
+    for v in range(items + 2):
+        starts[v] = 0
+    for b in range(batch):
+        for t in range(b * seqlen, b * seqlen + min(max(lengths[b], 0), seqlen)):
+            starts[ids[t] + 2] += 1
+    for v in range(2, items + 2):
+        starts[v] += starts[v - 1]
+    for b in range(batch):
+        for t in range(b * seqlen, b * seqlen + min(max(lengths[b], 0), seqlen)):
+            found[starts[ids[t] + 1]] = t
+            starts[ids[t] + 1] += 1
+
+
+@entry
+def gather(de, starts, found, dtable, first, last, dim):
+    """The sums of de over the places of the items from `first` to before `last`."""
+    for v in range(first, last):
+        for c in range(0, dim, LANES):
+            total = full(de, 0.0)
+            for i in range(starts[v], starts[v + 1]):
+                total = total + load(de, at(found, i) * dim + c)
+            store(dtable, v * dim + c, total)

@@ -1,0 +1,115 @@
+"""`embed_norm` behind a custom op: what the kernels in `embed_norm_kernels.py` need around them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference.embed_norm import embed_norm as reference
+from .arrays import as_flat, scratch
+from .threads import run
+
+NUMBERS = 100_000  # that are worth a slice: about a tenth of a millisecond
+
+
+def _dropout(p: float, key: int, eps: float, dtype: torch.dtype) -> tuple[Any, ...]:
+    """The kernel's scalars, in the dtype that it computes in."""
+    scale, small = torch.tensor([1 / (1 - p), eps], dtype=dtype).numpy()
+    return key, round(p * 2**32), scale, small
+
+
+@torch.library.custom_op("fastm2rec::cpu_embed_norm", mutates_args=(), device_types="cpu")
+def _forward_op(
+    item_ids: Tensor, lengths: Tensor, table: Tensor, weight: Tensor, bias: Tensor, eps: float, p: float, key: int
+) -> tuple[Tensor, Tensor]:
+    from . import embed_norm_kernels as kernels
+
+    (batch, seqlen), dim, dtype = item_ids.shape, table.shape[1], table.dtype
+    x, newest = torch.empty(batch, seqlen, dim, dtype=dtype), torch.empty(batch, dim, dtype=dtype)
+    integers = (as_flat(tensor, torch.int64) for tensor in (item_ids, lengths))
+    arrays = (*integers, *(as_flat(tensor, dtype) for tensor in (table, weight, bias, x, newest)))
+    dropout = _dropout(p, key, eps, dtype)
+
+    def rows(first: int, last: int) -> None:
+        with scratch(kernels.scratch_size(dim), dtype) as memory:
+            kernels.forward(*arrays, memory, *dropout, first, last, seqlen, dim)
+
+    run(rows, batch, max(1, NUMBERS // (seqlen * dim)))
+    return x, newest
+
+
+@_forward_op.register_fake
+def _(item_ids, lengths, table, weight, bias, eps, p, key):
+    (batch, seqlen), dim = item_ids.shape, table.shape[1]
+    return table.new_empty(batch, seqlen, dim), table.new_empty(batch, dim)
+
+
+@torch.library.custom_op("fastm2rec::cpu_embed_norm_backward", mutates_args=(), device_types="cpu")
+def _backward_op(
+    dx: Tensor,
+    dnewest: Tensor,
+    item_ids: Tensor,
+    lengths: Tensor,
+    table: Tensor,
+    weight: Tensor,
+    eps: float,
+    p: float,
+    key: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from . import embed_norm_kernels as kernels
+
+    (batch, seqlen), (items, dim), dtype = item_ids.shape, table.shape, table.dtype
+    groups = -(-batch // kernels.GROUP)
+    dtable = torch.empty(items, dim, dtype=dtype)
+    dweight, dbias = torch.empty(groups, dim, dtype=dtype), torch.empty(groups, dim, dtype=dtype)
+    ids, ends = as_flat(item_ids, torch.int64), as_flat(lengths, torch.int64)
+    inputs = (ids, ends, *(as_flat(tensor, dtype) for tensor in (table, weight, dx, dnewest)))
+    into = (as_flat(dweight, dtype), as_flat(dbias, dtype))
+    dropout = _dropout(p, key, eps, dtype)
+    with scratch(ids.size * dim, dtype, "embed_norm") as de:
+
+        def rows(first: int, last: int) -> None:
+            with scratch(kernels.scratch_size(dim), dtype) as memory:
+                kernels.backward(*inputs, de, *into, memory, *dropout, first, last, batch, seqlen, dim)
+
+        run(rows, groups, max(1, NUMBERS // (seqlen * dim * kernels.GROUP)))
+        starts, found = (as_flat(torch.empty(size, dtype=torch.int64), torch.int64) for size in (items + 2, ids.size))
+        kernels.places(ids, ends, starts, found, batch, seqlen)
+        flat = as_flat(dtable, dtype)
+        run(lambda first, last: kernels.gather(de, starts, found, flat, first, last, dim), items, NUMBERS // dim)
+    return dtable, dweight.sum(0), dbias.sum(0)
+
+
+@_backward_op.register_fake
+def _(dx, dnewest, item_ids, lengths, table, weight, eps, p, key):
+    dtable = torch.empty_like(table, memory_format=torch.contiguous_format)
+    return dtable, torch.empty_like(weight), torch.empty_like(weight)
+
+
+def _save(ctx, inputs, output) -> None:
+    item_ids, lengths, table, weight, _, *ctx.numbers = inputs
+    ctx.save_for_backward(item_ids, lengths, table, weight)
+
+
+def _backward(ctx, dx, dnewest):
+    dtable, dweight, dbias = _backward_op(dx, dnewest, *ctx.saved_tensors, *ctx.numbers)
+    return None, None, dtable, dweight, dbias, None, None, None
+
+
+_forward_op.register_autograd(_backward, setup_context=_save)
+
+
+def embed_norm(
+    item_ids: Tensor, lengths: Tensor, table: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout: float
+) -> tuple[Tensor, Tensor]:
+    """As `fastm2rec.reference.embed_norm.embed_norm`; the dropout is drawn by a key from torch's generator.
+
+    Where the kernel cannot run (C no multiple of 32, half precision, a compiled graph), it is the reference.
+    """
+    single = table.dtype == weight.dtype and table.dtype in (torch.float32, torch.float64)
+    if torch.compiler.is_compiling() or table.shape[1] % 32 or not single:
+        return reference(item_ids, lengths, table, weight, bias, eps, dropout)
+    key = int(torch.randint(2**62, ())) if dropout else 0
+    return _forward_op(item_ids, lengths, table, weight, bias, eps, dropout, key)
