@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-
 import torch
 from torch import Tensor
 
@@ -37,12 +35,12 @@ def _op(
             rows = min(at_once, batch - start)
             grain = max(1, MULTIPLY_ADDS // (rows * kernels.ITEMS * dim))
             parts = memory[: groups * rows * dim]
-            arrays = kernels.part(*inputs, memory[parts.size :], start, rows, items, dim)
-            run(functools.partial(kernels.scores, arrays), blocks, grain)
-            loss += kernels.normalise(arrays, scale)
+            piece = kernels.piece(*inputs, memory[parts.size :], start, rows, items, dim)
+            run(kernels.scores, (piece,), blocks, grain, 0, dtype)
+            loss += kernels.normalise(piece, scale)
             if of_query or of_weight:
-                gradients = functools.partial(kernels.gradients, arrays, parts, as_flat(dweight, dtype), scale)
-                run(functools.partial(gradients, of_query, of_weight), groups, max(1, grain // grouped))
+                arguments = (piece, parts, as_flat(dweight, dtype), scale, of_query, of_weight)
+                run(kernels.gradients, arguments, groups, max(1, grain // grouped), 0, dtype)
             if of_query:
                 torch.sum(torch.from_numpy(parts).view(groups, rows, dim), 0, out=dquery[start : start + rows])
     return torch.tensor(loss, dtype=dtype), dquery, dweight

@@ -19,15 +19,16 @@ from typing import NamedTuple
 import numpy as np
 from numba.extending import register_jitable
 
-from .compiler import borrower, entry
+from .compiler import borrower, entry, part
 from .simd import HALF, LANES, LOG2_E, exp2, full, load, store, where_less
+from .slices import slices
 from .tiles import ROWS, multiply
 
 ITEMS = 16 * ROWS
 GROUPS = 16  # of blocks, at most; each has its own sum for dq
 
 
-class Part(NamedTuple):
+class Piece(NamedTuple):
     """Some rows of a batch, and what is known of them."""
 
     weight: np.ndarray  # [items + 1, dim]
@@ -59,21 +60,21 @@ def division(items: int) -> tuple[int, int, int]:
 
 
 def scratch_size(rows: int, items: int, dim: int) -> int:
-    """Elements that `part` and the groups' sums for dq need."""
+    """Elements that `piece` and the groups' sums for dq need."""
     blocks, _, groups = division(items)
     return (dim + items + 2 * blocks + 3) * _wide(rows) + groups * rows * dim
 
 
-def part(
+def piece(
     weight: np.ndarray, query: np.ndarray, targets: np.ndarray, memory: np.ndarray, start: int, rows: int, items: int,
     dim: int,
-) -> Part:  # fmt: skip
+) -> Piece:  # fmt: skip
     """The rows of a batch from `start`."""
     wide, blocks = _wide(rows), division(items)[0]
     ends = np.cumsum([dim * wide, items * wide, blocks * wide, blocks * wide, 3 * wide])
     transposed, scores, greatest, sums, totals = np.split(memory[: ends[-1]], ends[:-1])
     query, targets = query[start * dim : (start + rows) * dim], targets[start : start + rows]
-    made = Part(
+    made = Piece(
         weight, query, targets, transposed, scores, greatest, sums, totals, start, rows, items, dim, wide
     )  # fmt: skip
     transpose(made.query, made.transposed, rows, dim, wide)
@@ -88,9 +89,9 @@ def transpose(query, out, rows, dim, wide):
 
 
 @borrower
-def _exponentials(part, place, count, block):
+def _exponentials(piece, place, count, block):
     """exp(s - m) in place of the `count` items' scores from `place`; m, and the sums."""
-    wide, scores = part.wide, part.scores
+    wide, scores = piece.wide, piece.scores
     for r in range(0, wide - HALF, LANES):
         most = load(scores, place + r)
         for v in range(1, count):
@@ -101,32 +102,41 @@ def _exponentials(part, place, count, block):
             value = exp2((load(scores, place + v * wide + r) - most) * LOG2_E)
             store(scores, place + v * wide + r, value)
             total = total + value
-        store(part.greatest, block * wide + r, most)
-        store(part.sums, block * wide + r, total)
+        store(piece.greatest, block * wide + r, most)
+        store(piece.sums, block * wide + r, total)
 
 
-@entry
-def scores(part, first, last):
+@part
+def _scores(first, last, scratch, piece):
     """exp(s - m) of the blocks from `first` to before `last`, their m and sums, and the scores of their targets."""
-    dim, wide = part.dim, part.wide
+    dim, wide = piece.dim, piece.wide
     for block in range(first, last):
         item = block * ITEMS
-        count, place = min(ITEMS, part.items - item), item * wide
+        count, place = min(ITEMS, piece.items - item), item * wide
         multiply(
-            part.weight, (item + 1) * dim, dim, 1, count, part.transposed, 0, wide, wide - HALF, dim, part.scores,
+            piece.weight, (item + 1) * dim, dim, 1, count, piece.transposed, 0, wide, wide - HALF, dim, piece.scores,
             place, wide, False,
         )  # fmt: skip
-        for r in range(part.rows):
-            target = part.targets[r] - 1 - item
+        for r in range(piece.rows):
+            target = piece.targets[r] - 1 - item
             if 0 <= target < count:
-                part.totals[2 * wide + r] = part.scores[place + target * wide + r]
-        _exponentials(part, place, count, block)
+                piece.totals[2 * wide + r] = piece.scores[place + target * wide + r]
+        _exponentials(piece, place, count, block)
+
+
+_scores_slices = slices(_scores)
 
 
 @entry
-def normalise(part, scale):
+def scores(*arguments):
+    """`_scores` for the slices of a `Schedule`."""
+    _scores_slices(arguments)
+
+
+@entry
+def normalise(piece, scale):
     """`scale` times the loss; the exponentials' factors are those that make `scale` p of them."""
-    wide, greatest, sums, totals = part.wide, part.greatest, part.sums, part.totals
+    wide, greatest, sums, totals = piece.wide, piece.greatest, piece.sums, piece.totals
     end = greatest.size
     loss = 0.0
     for r in range(0, wide - HALF, LANES):
@@ -143,7 +153,7 @@ def normalise(part, scale):
             store(greatest, place, scale * load(greatest, place) / total)
         store(totals, r, total)
         store(totals, wide + r, most)
-        for i in range(r, min(r + LANES, part.rows)):
+        for i in range(r, min(r + LANES, piece.rows)):
             loss += math.log(totals[i]) + (totals[wide + i] - totals[2 * wide + i])
     return loss * scale
 
@@ -155,13 +165,13 @@ def _subtract(scale, x, start, dim, out, to):
         store(out, to + c, load(out, to + c) - load(x, start + c) * scale)
 
 
-@entry
-def gradients(part, dquery, dweight, scale, of_query, of_weight, first, last):
+@part
+def _gradients(first, last, scratch, piece, dquery, dweight, scale, of_query, of_weight):
     """dq of the groups from `first` to before `last`, [groups, rows, dim], and dW of their items, or that much more.
 
     The targets come last: beside their 1 / rows, all that was added after them would be rounded away.
     """
-    rows, items, dim, wide, scores = part.rows, part.items, part.dim, part.wide, part.scores
+    rows, items, dim, wide, scores = piece.rows, piece.items, piece.dim, piece.wide, piece.scores
     blocks = (items + ITEMS - 1) // ITEMS
     grouped = (blocks + GROUPS - 1) // GROUPS
     for group in range(first, last):
@@ -170,19 +180,28 @@ def gradients(part, dquery, dweight, scale, of_query, of_weight, first, last):
             item = block * ITEMS
             count, place, table = min(ITEMS, items - item), item * wide, (item + 1) * dim
             for r in range(0, wide - HALF, LANES):
-                factor = load(part.greatest, block * wide + r)
+                factor = load(piece.greatest, block * wide + r)
                 for v in range(count):
                     store(scores, place + v * wide + r, load(scores, place + v * wide + r) * factor)
             if of_weight:
-                more = part.start > 0
-                multiply(scores, place, wide, 1, count, part.query, 0, dim, dim, rows, dweight, table, dim, more)
+                more = piece.start > 0
+                multiply(scores, place, wide, 1, count, piece.query, 0, dim, dim, rows, dweight, table, dim, more)
             if of_query:
                 more = block > begin
-                multiply(scores, place, 1, wide, rows, part.weight, table, dim, dim, count, dquery, to, dim, more)
+                multiply(scores, place, 1, wide, rows, piece.weight, table, dim, dim, count, dquery, to, dim, more)
         for r in range(rows):
-            target = part.targets[r]
+            target = piece.targets[r]
             if begin * ITEMS < target <= end * ITEMS:
                 if of_weight:
-                    _subtract(scale, part.query, r * dim, dim, dweight, target * dim)
+                    _subtract(scale, piece.query, r * dim, dim, dweight, target * dim)
                 if of_query:
-                    _subtract(scale, part.weight, target * dim, dim, dquery, to + r * dim)
+                    _subtract(scale, piece.weight, target * dim, dim, dquery, to + r * dim)
+
+
+_gradients_slices = slices(_gradients)
+
+
+@entry
+def gradients(*arguments):
+    """`_gradients` for the slices of a `Schedule`."""
+    _gradients_slices(arguments)

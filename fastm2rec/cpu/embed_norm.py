@@ -32,11 +32,8 @@ def _forward_op(
     arrays = (*integers, *(as_flat(tensor, dtype) for tensor in (table, weight, bias, x, newest)))
     dropout = _dropout(p, key, eps, dtype)
 
-    def rows(first: int, last: int) -> None:
-        with scratch(kernels.scratch_size(dim), dtype) as memory:
-            kernels.forward(*arrays, memory, *dropout, first, last, seqlen, dim)
-
-    run(rows, batch, max(1, NUMBERS // (seqlen * dim)))
+    grain = max(1, NUMBERS // (seqlen * dim))
+    run(kernels.forward, (*arrays, *dropout, seqlen, dim), batch, grain, kernels.scratch_size(dim), dtype)
     return x, newest
 
 
@@ -68,17 +65,13 @@ def _backward_op(
     inputs = (ids, ends, *(as_flat(tensor, dtype) for tensor in (table, weight, dx, dnewest)))
     into = (as_flat(dweight, dtype), as_flat(dbias, dtype))
     dropout = _dropout(p, key, eps, dtype)
+    grain = max(1, NUMBERS // (seqlen * dim * kernels.GROUP))
     with scratch(ids.size * dim, dtype, "embed_norm") as de:
-
-        def rows(first: int, last: int) -> None:
-            with scratch(kernels.scratch_size(dim), dtype) as memory:
-                kernels.backward(*inputs, de, *into, memory, *dropout, first, last, batch, seqlen, dim)
-
-        run(rows, groups, max(1, NUMBERS // (seqlen * dim * kernels.GROUP)))
+        arguments = (*inputs, de, *into, *dropout, batch, seqlen, dim)
+        run(kernels.backward, arguments, groups, grain, kernels.scratch_size(dim), dtype)
         starts, found = (as_flat(torch.empty(size, dtype=torch.int64), torch.int64) for size in (items + 2, ids.size))
         kernels.places(ids, ends, starts, found, batch, seqlen)
-        flat = as_flat(dtable, dtype)
-        run(lambda first, last: kernels.gather(de, starts, found, flat, first, last, dim), items, NUMBERS // dim)
+        run(kernels.gather, (de, starts, found, as_flat(dtable, dtype), dim), items, NUMBERS // dim, 0, dtype)
     return dtable, dweight.sum(0), dbias.sum(0)
 
 

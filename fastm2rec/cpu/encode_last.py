@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..reference.encode_last import encode_last as reference
 from . import symmetry
-from .arrays import as_flat, scratch
+from .arrays import as_flat
 from .last_scan import grain as scan_grain
 from .last_scan import last_scan, pack
 from .threads import run
@@ -187,14 +187,10 @@ def encode_last(item_ids: Tensor, lengths: Tensor, folded: Folded) -> Tensor:
     model = packed(folded)
     batch, seqlen = item_ids.shape
     out = torch.empty(batch, model.shape.d_model, dtype=model.dtype)
-    arrays = (as_flat(item_ids, torch.int64), as_flat(lengths, torch.int64), as_flat(out, model.dtype))
-
-    def rows(first: int, last: int) -> None:
-        with scratch(model.scratch, model.dtype) as memory:
-            kernels.encode(
-                *arrays, seqlen, model.shape, *model.model, model.scan.weights, model.scan.transposed, model.eps,
-                memory, first, last,
-            )  # fmt: skip
-
-    run(rows, batch, scan_grain(model.scan, seqlen, model.shape.stride))
+    arguments = (
+        as_flat(item_ids, torch.int64), as_flat(lengths, torch.int64), as_flat(out, model.dtype), seqlen, model.shape,
+        *model.model, model.scan.weights, model.scan.transposed, model.eps,
+    )  # fmt: skip
+    grain = scan_grain(model.scan, seqlen, model.shape.stride)
+    run(kernels.encode, arguments, batch, grain, model.scratch, model.dtype)
     return out.to(folded.dtype)

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from .arrays import as_flat, scratch
+from .arrays import as_flat
 from .threads import run
 
 ROWS = 64  # of the batch: about a tenth of a millisecond
@@ -33,12 +33,7 @@ def _forward_op(x: Tensor, conv_weight: Tensor, basis: Tensor) -> Tensor:
     arrays = [
         as_flat(t, dtype) for t in (x, cos @ conv_weight.t(), sin @ conv_weight.t(), taps, basis[: width - 1], out)
     ]
-
-    def rows(first: int, last: int) -> None:
-        with scratch(width * 64, dtype) as memory:
-            kernels.forward(*arrays, memory, first, last, columns, width, dim)
-
-    run(rows, batch, ROWS)
+    run(kernels.forward, (*arrays, columns, width, dim), batch, ROWS, width * 64, dtype)
     return out
 
 
@@ -60,12 +55,7 @@ def _backward_op(dout: Tensor, x: Tensor, conv_weight: Tensor, basis: Tensor) ->
     dtaps = torch.empty(groups, width, dim, dtype=dtype)
     inputs = (x, dout, cos @ conv_weight.t(), sin @ conv_weight.t(), taps, basis[: width - 1])
     arrays = [as_flat(t, dtype) for t in (*inputs, dx, dH, dG, dtaps)]
-
-    def rows(first: int, last: int) -> None:
-        with scratch(width * 64, dtype) as memory:
-            kernels.backward(*arrays, memory, first, last, batch, columns, width, dim)
-
-    run(rows, groups, ROWS // kernels.GROUP)
+    run(kernels.backward, (*arrays, batch, columns, width, dim), groups, ROWS // kernels.GROUP, width * 64, dtype)
     dw = dH.sum(0).t() @ cos + dG.sum(0).t() @ sin + dtaps.sum(0).flip(0).t()
     return dx, dw
 

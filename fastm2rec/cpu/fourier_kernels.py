@@ -20,6 +20,7 @@ from __future__ import annotations
 from .compiler import entry, part
 from .parts import fill
 from .simd import LANES, at, full, load, store
+from .slices import slices
 
 GROUP = 8
 
@@ -34,8 +35,8 @@ def _edges(x, start, columns, taps, width, dim, c, edges):
         store(edges, i * LANES, value)
 
 
-@entry
-def forward(x, H, G, taps, basis, out, scratch, first, last, columns, width, dim):
+@part
+def _forward(first, last, scratch, x, H, G, taps, basis, out, columns, width, dim):
     """out [rows, columns, dim] of the rows from `first` to before `last`."""
     extra = width - 1
     for b in range(first, last):
@@ -57,8 +58,17 @@ def forward(x, H, G, taps, basis, out, scratch, first, last, columns, width, dim
                 store(out, to + r * dim + c, value)
 
 
+_forward_slices = slices(_forward)
+
+
 @entry
-def backward(x, dout, H, G, taps, basis, dx, dH, dG, dtaps, scratch, first, last, batch, columns, width, dim):
+def forward(*arguments):
+    """`_forward` for the slices of a `Schedule`."""
+    _forward_slices(arguments)
+
+
+@part
+def _backward(first, last, scratch, x, dout, H, G, taps, basis, dx, dH, dG, dtaps, batch, columns, width, dim):
     """dx, and the groups' sums dH, dG [groups, frequencies, dim] and dtaps [groups, width, dim] (the edges' part)."""
     extra, frequencies = width - 1, columns // 2 + 1
     for group in range(first, last):
@@ -98,3 +108,12 @@ def backward(x, dout, H, G, taps, basis, dx, dH, dG, dtaps, scratch, first, last
                         sums = (group * width + j) * dim + c
                         store(dtaps, sums, load(dtaps, sums) + load(x, tail + t * dim + c) * edge)
                     store(dx, tail + t * dim + c, value)
+
+
+_backward_slices = slices(_backward)
+
+
+@entry
+def backward(*arguments):
+    """`_backward` for the slices of a `Schedule`."""
+    _backward_slices(arguments)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..reference.selective_scan import compute_dtype
-from .arrays import as_flat, empty_array, scratch
+from .arrays import as_flat, empty_array
 from .products import Products, as_arrays
 from .threads import run
 
@@ -81,15 +81,9 @@ def launch_forward(
     y = torch.empty(batch, dim, dtype=dtype)
     low_rank = torch.zeros(_low_rank_shape(batch, seqlen, *sizes[1:], stride, keep), dtype=dtype)
     arrays = (as_flat(p, dtype), basis, as_flat(lengths, torch.int64), *(as_flat(x, dtype) for x in (z, y, low_rank)))
-
-    def rows(first: int, last: int) -> None:
-        with scratch(kernels.forward_scratch(basis, *sizes), dtype) as memory:
-            kernels.forward(
-                *arrays, packed.order, packed.weights, packed.transposed, memory,
-                first, last, seqlen, *sizes, stride, z is not None,
-            )  # fmt: skip
-
-    run(rows, batch, grain(packed, seqlen, stride))
+    arguments = (*arrays, packed.order, packed.weights, packed.transposed, seqlen, *sizes, stride, z is not None)
+    size = kernels.forward_scratch(basis, *sizes)
+    run(kernels.forward, arguments, batch, grain(packed, seqlen, stride), size, dtype)
     return y.to(p.dtype), low_rank
 
 
@@ -127,16 +121,12 @@ def launch_backward(
     groups = -(-batch // kernels.GROUP)
     sums = empty_array(groups * packed.weights.size, dtype)
     arrays = (as_flat(p, dtype), basis, as_flat(lengths, torch.int64), *(as_flat(x, dtype) for x in (z, dy, low_rank)))
-    into = (as_flat(dp, dtype), as_flat(dz, dtype), sums)
-
-    def rows(first: int, last: int) -> None:
-        with scratch(kernels.backward_scratch(basis, seqlen, *sizes, stride), dtype) as memory:
-            kernels.backward(
-                *arrays, packed.order, *into, packed.weights, packed.transposed, memory,
-                first, last, batch, seqlen, *sizes, stride, z is not None,
-            )  # fmt: skip
-
-    run(rows, groups, max(1, grain(packed, seqlen, stride) // (2 * kernels.GROUP)))
+    arguments = (
+        *arrays, packed.order, as_flat(dp, dtype), as_flat(dz, dtype), sums, packed.weights, packed.transposed, batch,
+        seqlen, *sizes, stride, z is not None,
+    )  # fmt: skip
+    size = kernels.backward_scratch(basis, seqlen, *sizes, stride)
+    run(kernels.backward, arguments, groups, max(1, grain(packed, seqlen, stride) // (2 * kernels.GROUP)), size, dtype)
     d_x_proj = torch.empty(dt_rank + 2 * dstate, dim, dtype=dtype)
     d_dt_proj = torch.empty(dim, dt_rank, dtype=dtype)
     d_bias = torch.empty(dim if has_bias else 0, dtype=dtype)

@@ -26,7 +26,7 @@ from __future__ import annotations
 import numpy as np
 from numba.extending import register_jitable
 
-from .compiler import entry
+from .compiler import entry, part
 from .parts import (
     ROWS,
     as_scan,
@@ -42,6 +42,7 @@ from .parts import (
     start_scan,
 )
 from .product_kernels import expand_row
+from .slices import slices
 
 
 @register_jitable
@@ -51,10 +52,10 @@ def forward_scratch(products, dim, dstate, dt_rank):
     return (ROWS + 2) * padded(dim) + scan_size(dim, dstate, dt_rank) + filtered
 
 
-@entry
-def forward(
-    p, products, lengths, z, y, low_rank, order, weights, transposed, scratch,
-    first, last, seqlen, dim, dstate, dt_rank, stride, has_z,
+@part
+def _forward(
+    first, last, scratch, p, products, lengths, z, y, low_rank, order, weights, transposed, seqlen, dim, dstate,
+    dt_rank, stride, has_z,
 ):  # fmt: skip
     """y of the rows from `first` to before `last`; NaN where a length is not in 1..seqlen.
 
@@ -101,3 +102,12 @@ def forward(
             silu(gate, wide)
         for e in range(dim):
             y[b * dim + order[e]] = gate[e] * value[e]
+
+
+_forward_slices = slices(_forward)
+
+
+@entry
+def forward(*arguments):
+    """`_forward` for the slices of a `Schedule`."""
+    _forward_slices(arguments)

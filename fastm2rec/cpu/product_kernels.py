@@ -12,9 +12,10 @@ from typing import NamedTuple
 import numpy as np
 from numba.extending import register_jitable
 
-from .compiler import borrower, entry
+from .compiler import borrower, entry, part
 from .parts import fill, write
 from .simd import LANES, full, load, store
+from .slices import slices
 from .symmetry_kernels import GROUP, contract, expand, mixed
 
 
@@ -108,14 +109,32 @@ def _expanded(x, products, extra, bins, out, first, last):
         expand_row(x, b * size, products, extra, bins, out, b * to)
 
 
-@entry
-def contracted(x, products, out, scratch, first, last, extra):
+@part
+def _contract(first, last, scratch, x, products, out, extra):
     """Bins of the rows from `first` to before `last`; scratch as `scratch_size` says."""
     size = products.columns * products.dim
     _contracted(x, products, extra, scratch[:size], scratch[size:], out, first, last)
 
 
+_contract_slices = slices(_contract)
+
+
 @entry
-def expanded(x, products, out, scratch, first, last, extra):
+def contracted(*arguments):
+    """`_contract` for the slices of a `Schedule`."""
+    _contract_slices(arguments)
+
+
+@part
+def _expand(first, last, scratch, x, products, out, extra):
     """The same of the transpose: `x` are bins, `out` is x."""
     _expanded(x, products, extra, scratch[: products.columns * products.dim], out, first, last)
+
+
+_expand_slices = slices(_expand)
+
+
+@entry
+def expanded(*arguments):
+    """`_expand` for the slices of a `Schedule`."""
+    _expand_slices(arguments)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import symmetry
-from .arrays import as_flat, scratch
+from .arrays import as_flat
 from .threads import run
 
 # Elements of V from which the kernels are faster than torch's products, on one thread and on two: at 256 rows, 50 x 11
@@ -56,13 +56,10 @@ def _run(kernel: Any, x: Tensor, out: Tensor, products: Products, extra: int) ->
     from . import product_kernels as kernels
 
     dtype, (batch, _, dim) = x.dtype, x.shape
-    arrays = (as_flat(x, dtype), as_arrays(products, dim, dtype), as_flat(out, dtype))
-
-    def slice_(first: int, last: int) -> None:
-        with scratch(kernels.scratch_size(arrays[1]), dtype) as memory:
-            kernel(*arrays, memory, first, last, extra)
-
-    run(slice_, batch, max(1, MULTIPLY_ADDS // (products.basis.numel() * dim)))
+    arrays = as_arrays(products, dim, dtype)
+    arguments = (as_flat(x, dtype), arrays, as_flat(out, dtype), extra)
+    grain = max(1, MULTIPLY_ADDS // (products.basis.numel() * dim))
+    run(kernel, arguments, batch, grain, kernels.scratch_size(arrays), dtype)
     return out
 
 

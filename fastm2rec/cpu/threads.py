@@ -1,36 +1,30 @@
-"""Slices of a batch over threads, which the kernels keep busy without Python's lock.
+"""A kernel over the slices of a batch, on as many threads as torch has.
 
 numba's own parallel loops abort when two threads call them at once, or kill a forked child. Here the slices run on the
-OpenMP threads of torch, where there are such: after each of torch's own operations these wait for more work without
-leaving their cores, for milliseconds, and would take half of a core from any other thread. A forked child has lost
-them; there, and where torch has no OpenMP, a pool of Python's does the work. Both may be used from any number of
-threads, and the caller works too.
+OpenMP threads of torch, where there are such (`slices.py`). A forked child has lost them; there, and where torch has no
+OpenMP, a pool of Python's does the work. Both may be used from any number of threads, and the caller works too.
 """
 
 from __future__ import annotations
 
-import ctypes
 import functools
-import itertools
 import os
 import threading
-from collections import deque
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
+
+from .arrays import scratch
 
 # So many slices for each thread: rows differ in length, and other work may hold up a core.
 SLICES = 4
+LINE = 16  # elements, at least a cache line: no thread writes to another's
 
 _lock = threading.Lock()
 _pool: ThreadPoolExecutor | None = None
 _forked = False
-
-_Entry = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-_works: dict[int, Callable[[], None]] = {}
-_keys = itertools.count(1)
 
 
 def _executor() -> ThreadPoolExecutor:
@@ -51,74 +45,31 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
 
 
-@_Entry
-def _enter(key: int) -> None:
-    _works[key]()
+def run(kernel: Any, arguments: tuple[Any, ...], count: int, grain: int, size: int, dtype: torch.dtype) -> None:
+    """Call a kernel that `slices` has made for 0..count, on up to torch.get_num_threads() threads.
 
+    Args:
+        kernel: takes a `Schedule`, and then the arguments.
+        arguments: arrays, numbers, and named tuples of these.
+        count: what is sliced, rows of the batch for instance.
+        grain: as much as is worth a slice.
+        size: elements of scratch that a thread needs.
+        dtype: of the scratch.
+    """
+    if count == 0:
+        return
+    from .slices import Schedule, openmp
 
-@functools.cache
-def _openmp() -> Callable[..., None] | None:
-    """`GOMP_parallel` of the OpenMP library that torch has loaded; LLVM's and Intel's have it as well."""
-    try:
-        maps = Path("/proc/self/maps").read_text()
-    except OSError:
-        return None
-    names = {line.split()[-1] for line in maps.splitlines() if "omp" in line.rpartition("/")[2]}
-    folder = str(Path(torch.__file__).parent)
-    for name in sorted(names, key=lambda name: not name.startswith(folder)):
-        try:
-            parallel = ctypes.CDLL(name).GOMP_parallel
-        except (OSError, AttributeError):
-            continue
-        parallel.argtypes = [_Entry, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
-        parallel.restype = None
-        return parallel
-    return None
-
-
-def _together(work: Callable[[], None], threads: int) -> None:
-    """Call `work`, which must not raise, on each of `threads` threads; returns when all have returned."""
-    parallel = None if _forked else _openmp()
-    if parallel is None:
-        helpers = [_executor().submit(work) for _ in range(threads - 1)]
-        work()
+    threads = torch.get_num_threads()
+    step = max(grain, -(-count // (SLICES * threads)))
+    threads = min(threads, -(-count // step))
+    size = -(-size // LINE) * LINE
+    native = threads == 1 or (openmp() and not _forked)
+    with scratch(threads * size, dtype) as memory:
+        schedule = Schedule(np.zeros(2, np.int64), memory, size, count, step, threads if native else 1)
+        call = functools.partial(kernel, *schedule, *arguments)
+        helpers = [] if native else [_executor().submit(call) for _ in range(threads - 1)]
+        call()
         for helper in helpers:
             if not helper.cancel():
                 helper.result()
-        return
-    key = next(_keys)
-    _works[key] = work
-    try:
-        parallel(_enter, key, threads, 0)
-    finally:
-        del _works[key]
-
-
-def run(task: Callable[[int, int], None], count: int, grain: int) -> None:
-    """Call `task(first, last)` for slices of 0..count, at least `grain` long, on up to torch.get_num_threads() threads.
-
-    Raises what a task raised, when no task runs any more.
-    """
-    threads = torch.get_num_threads()
-    size = max(grain, -(-count // (SLICES * threads)))
-    if threads == 1 or count <= size:
-        task(0, count)
-        return
-    slices = deque(range(0, count, size))
-    failures: list[BaseException] = []
-
-    def work() -> None:
-        while True:
-            try:
-                first = slices.popleft()
-            except IndexError:
-                return
-            try:
-                task(first, min(first + size, count))
-            except BaseException as failure:
-                failures.append(failure)
-                slices.clear()
-
-    _together(work, min(threads, len(slices)))
-    if failures:
-        raise failures[0]
