@@ -15,14 +15,15 @@ pytest.importorskip("numba", reason="numba is not installed")
 
 from fastm2rec.cpu import products
 
-pytestmark = pytest.mark.usefixtures("kernels_always")
+pytestmark = pytest.mark.usefixtures("way")
 
 LENGTHS = [1, 2, 3, 4, 7, 50, 63, 64, 200, 201]
 
 
-@pytest.fixture
-def kernels_always(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(products, "LEAST", 0)
+@pytest.fixture(params=["orbits", "plain"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every basis by its orbits, and as it is."""
+    monkeypatch.setattr(products, "LEAST", {"orbits": 0, "plain": 10**9}[request.param])
 
 
 def _basis(seqlen: int, kind: Any, columns: int) -> Tensor:
@@ -68,6 +69,9 @@ def test_custom_ops() -> None:
     packed = products.pack(_basis(9, "fourier", 5).float(), torch.float32)
     torch.library.opcheck(products._contract_op, (torch.randn(2, 9, 32, requires_grad=True), *packed, 3))
     torch.library.opcheck(products._expand_op, (torch.randn(2, 8, 32, requires_grad=True), *packed, 3))
+    basis = _basis(9, "fourier", 5).float()
+    torch.library.opcheck(products._contract_small_op, (torch.randn(2, 9, 32, requires_grad=True), basis, 3))
+    torch.library.opcheck(products._expand_small_op, (torch.randn(2, 8, 32, requires_grad=True), basis, 3))
 
 
 def test_rows_do_not_depend_on_their_batch_nor_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -91,14 +95,3 @@ def test_empty_batch() -> None:
     basis = _basis(50, "fourier", 11).float()
     packed = products.pack(basis, torch.float32)
     assert products.contract(torch.empty(0, 50, 64), basis, packed, 3).shape == (0, 14, 64)
-
-
-def test_a_small_basis_is_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    x, basis = torch.randn(2, 50, 8, dtype=torch.float64), _basis(50, "fourier", 11)
-    packed = products.pack(basis, torch.float64)
-    expected = products.contract(x, basis, packed, 3), products.expand(x[:, :11], basis, packed)
-    monkeypatch.setattr(products, "LEAST", basis.numel() + 1)
-    monkeypatch.setattr(products, "_run", None)  # what the kernels go through
-    found = products.contract(x, basis, packed, 3), products.expand(x[:, :11], basis, packed)
-    for a, b in zip(found, expected, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

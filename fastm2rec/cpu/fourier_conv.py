@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -13,13 +14,18 @@ from .threads import run
 ROWS = 64  # of the batch: about a tenth of a millisecond
 
 
+@functools.lru_cache(maxsize=16)
+def _angles(seqlen: int, columns: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin of j theta_k, [frequencies, width], in the order of the taps."""
+    with torch.inference_mode(False):  # they are kept, and may be used for training
+        j = torch.arange(width - 1, -1, -1)
+        angle = (2 * math.pi / seqlen) * ((torch.arange(columns // 2 + 1)[:, None] * j) % seqlen).to(dtype)
+        return angle.cos(), angle.sin()
+
+
 def _response(conv_weight: Tensor, seqlen: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """cos and sin of j theta_k, [frequencies, width], in the order of the taps; and the taps [width, E], w_0 first."""
-    width = conv_weight.shape[1]
-    k = torch.arange(columns // 2 + 1, device=conv_weight.device)
-    j = torch.arange(width - 1, -1, -1, device=conv_weight.device)
-    angle = (2 * math.pi / seqlen) * ((k[:, None] * j) % seqlen).to(conv_weight.dtype)
-    return angle.cos(), angle.sin(), conv_weight.t().flip(0)
+    """`_angles`; and the taps [width, E], w_0 first."""
+    return *_angles(seqlen, columns, conv_weight.shape[1], conv_weight.dtype), conv_weight.t().flip(0)
 
 
 @torch.library.custom_op("fastm2rec::cpu_fourier_conv", mutates_args=(), device_types="cpu")

@@ -1,5 +1,7 @@
 """V^T x and V bins for the rows of a batch, by the basis's orbits (`symmetry.py`), and each other's gradients.
 
+A small V is multiplied as it is (`tiles.py`).
+
 The last `extra` positions of x follow the bins, as if V had their unit vectors for columns.
 
 Arrays are flat and contiguous, x [rows, seqlen, dim] and bins [rows, kept + extra, dim]; dim is a multiple of LANES.
@@ -17,6 +19,7 @@ from .parts import fill, write
 from .simd import LANES, full, load, store
 from .slices import slices
 from .symmetry_kernels import GROUP, contract, expand, mixed
+from .tiles import multiply
 
 
 class Products(NamedTuple):
@@ -138,3 +141,51 @@ _expand_slices = slices(_expand)
 def expanded(*arguments):
     """`_expand` for the slices of a `Schedule`."""
     _expand_slices(arguments)
+
+
+@borrower
+def _contract_plainly(x, basis, seqlen, kept, extra, dim, out, first, last):
+    for b in range(first, last):
+        start, to = b * seqlen * dim, b * (kept + extra) * dim
+        multiply(basis, 0, 1, kept, kept, x, start, dim, dim, seqlen, out, to, dim, False)
+        write(x, start + (seqlen - extra) * dim, extra * dim, out, to + kept * dim)
+
+
+@borrower
+def _expand_plainly(x, basis, seqlen, kept, extra, dim, out, first, last):
+    for b in range(first, last):
+        start, to = b * (kept + extra) * dim, b * seqlen * dim
+        multiply(basis, 0, kept, 1, seqlen, x, start, dim, dim, kept, out, to, dim, False)
+        ends = to + (seqlen - extra) * dim
+        for c in range(0, extra * dim, LANES):
+            store(out, ends + c, load(out, ends + c) + load(x, start + kept * dim + c))
+
+
+@part
+def _contract_small(first, last, scratch, x, basis, out, seqlen, kept, extra, dim):
+    """As `_contract`, of a basis [seqlen, kept]."""
+    _contract_plainly(x, basis, seqlen, kept, extra, dim, out, first, last)
+
+
+_contract_small_slices = slices(_contract_small)
+
+
+@entry
+def contracted_small(*arguments):
+    """`_contract_small` for the slices of a `Schedule`."""
+    _contract_small_slices(arguments)
+
+
+@part
+def _expand_small(first, last, scratch, x, basis, out, seqlen, kept, extra, dim):
+    """As `_expand`, of a basis [seqlen, kept]."""
+    _expand_plainly(x, basis, seqlen, kept, extra, dim, out, first, last)
+
+
+_expand_small_slices = slices(_expand_small)
+
+
+@entry
+def expanded_small(*arguments):
+    """`_expand_small` for the slices of a `Schedule`."""
+    _expand_small_slices(arguments)

@@ -12,9 +12,10 @@ from . import symmetry
 from .arrays import as_flat
 from .threads import run
 
-# Elements of V from which the kernels are faster than torch's products, on one thread and on two: at 256 rows, 50 x 11
-# are 0.75 and 1.15 of torch's time, 70 x 15 are 0.8 and 0.83, 200 x 41 are 0.59 and 0.56.
-LEAST = 1000
+# Elements of V from which its orbits are the faster way. On one thread and on two, at 256 rows of 64 channels, those of
+# 100 x 21 take 1.1 times as long as V itself, those of 200 x 41 0.75 to 0.95 times. torch's own products take 1.3 to 2
+# times as long as the faster one.
+LEAST = 4000
 MULTIPLY_ADDS = 2_000_000  # of a slice: about a tenth of a millisecond
 
 
@@ -112,24 +113,74 @@ _contract_op.register_autograd(_contract_backward, setup_context=_save)
 _expand_op.register_autograd(_expand_backward, setup_context=_save)
 
 
+def _run_small(kernel: Any, x: Tensor, out: Tensor, basis: Tensor, extra: int) -> Tensor:
+    dtype, (batch, _, dim), (seqlen, kept) = x.dtype, x.shape, basis.shape
+    arrays = tuple(as_flat(tensor, dtype) for tensor in (x, basis, out))
+    grain = max(1, MULTIPLY_ADDS // (seqlen * kept * dim))
+    run(kernel, (*arrays, seqlen, kept, extra, dim), batch, grain, 0, dtype)
+    return out
+
+
+@torch.library.custom_op("fastm2rec::cpu_contract_small", mutates_args=(), device_types="cpu")
+def _contract_small_op(x: Tensor, basis: Tensor, extra: int) -> Tensor:
+    from . import product_kernels as kernels
+
+    out = x.new_empty(x.shape[0], basis.shape[1] + extra, x.shape[2])
+    return _run_small(kernels.contracted_small, x, out, basis, extra)
+
+
+@torch.library.custom_op("fastm2rec::cpu_expand_small", mutates_args=(), device_types="cpu")
+def _expand_small_op(bins: Tensor, basis: Tensor, extra: int) -> Tensor:
+    from . import product_kernels as kernels
+
+    out = bins.new_empty(bins.shape[0], len(basis), bins.shape[2])
+    return _run_small(kernels.expanded_small, bins, out, basis, extra)
+
+
+@_contract_small_op.register_fake
+def _(x, basis, extra):
+    return x.new_empty(x.shape[0], basis.shape[1] + extra, x.shape[2])
+
+
+@_expand_small_op.register_fake
+def _(bins, basis, extra):
+    return bins.new_empty(bins.shape[0], basis.shape[0], bins.shape[2])
+
+
+def _save_small(ctx, inputs, output) -> None:
+    _, basis, ctx.extra = inputs
+    ctx.save_for_backward(basis)
+
+
+def _contract_small_backward(ctx, dy):
+    return _expand_small_op(dy, *ctx.saved_tensors, ctx.extra), None, None
+
+
+def _expand_small_backward(ctx, dy):
+    return _contract_small_op(dy, *ctx.saved_tensors, ctx.extra), None, None
+
+
+_contract_small_op.register_autograd(_contract_small_backward, setup_context=_save_small)
+_expand_small_op.register_autograd(_expand_small_backward, setup_context=_save_small)
+
+
 def contract(x: Tensor, basis: Tensor, products: Products, extra: int = 0) -> Tensor:
     """V^T x and behind it the last `extra` positions of x: [B, L, C] to [B, R + extra, C].
 
     V [L, R] as it is and as it is packed; x has its dtype.
     """
-    if basis.numel() < LEAST:
-        ends = F.pad(torch.eye(extra, dtype=basis.dtype), (0, 0, len(basis) - extra, 0))
-        return torch.cat([basis, ends], dim=1).mT @ x
-    channels = x.shape[2]
-    return _contract_op(_whole(x), *products, extra)[..., :channels]
+    whole, channels = _whole(x), x.shape[2]
+    small = basis.numel() < LEAST
+    found = _contract_small_op(whole, basis, extra) if small else _contract_op(whole, *products, extra)
+    return found if channels == whole.shape[2] else found[..., :channels]
 
 
 def expand(bins: Tensor, basis: Tensor, products: Products) -> Tensor:
     """V bins, [B, R, C] to [B, L, C], likewise."""
-    if basis.numel() < LEAST:
-        return basis @ bins
-    channels = bins.shape[2]
-    return _expand_op(_whole(bins), *products, 0)[..., :channels]
+    whole, channels = _whole(bins), bins.shape[2]
+    small = basis.numel() < LEAST
+    found = _expand_small_op(whole, basis, 0) if small else _expand_op(whole, *products, 0)
+    return found if channels == whole.shape[2] else found[..., :channels]
 
 
 def _whole(x: Tensor) -> Tensor:
