@@ -18,7 +18,10 @@ def as_flat(x: Tensor | None, dtype: torch.dtype) -> np.ndarray:
     """As a flat contiguous array; None as an empty one."""
     if x is None:
         return torch.empty(0, dtype=dtype).numpy()
-    return x.detach().to(dtype).contiguous().view(-1).numpy()
+    x = x.detach()  # the checks are quicker than the calls that they save
+    x = x if x.dtype == dtype else x.to(dtype)
+    x = x if x.is_contiguous() else x.contiguous()
+    return x.numpy().reshape(-1)
 
 
 def empty_array(size: int, dtype: torch.dtype) -> np.ndarray:
