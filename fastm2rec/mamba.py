@@ -126,7 +126,7 @@ class Mamba(ReferenceMamba):
         if filter is not None and inner and filter.multiplies(x.shape[1]):
             basis, gain = filter.columns(x, lengths)
             return ops.filtered_last_scan(
-                x, lengths, basis, gain, *self._input_weights(order), x_proj, dt_proj, dt_bias, A, self.D, z, stride,
+                x, lengths, basis, gain, *self._input_weights(None), x_proj, dt_proj, dt_bias, A, self.D, z, stride,
                 order, impl=impl,
             )  # fmt: skip
         p = self._convolved(x, lengths, filter, inner, None, impl, order)

@@ -374,11 +374,11 @@ def test_an_empty_batch_and_a_length_that_nobody_checked() -> None:
 def test_opcheck(optional: bool) -> None:
     *leaves, lengths = _inputs([9, 2], bias=optional, z=optional)
     order = torch.randperm(20) if optional else None
-    plain = [*leaves, lengths, 2, order, *engine.NO_PRODUCTS]
+    plain = [*leaves, lengths, 2, order]
     y, low_rank = _forward_op(*plain, True)
     torch.library.opcheck(_backward_op, (y, low_rank, *plain))
     leaves = [x if x is None else x.requires_grad_() for x in leaves]
-    torch.library.opcheck(_forward_op, (*leaves, lengths, 2, order, *engine.NO_PRODUCTS, True))
+    torch.library.opcheck(_forward_op, (*leaves, lengths, 2, order, True))
     torch.library.opcheck(_forward_op, (*plain, False))
 
 

@@ -66,12 +66,11 @@ def _products(tensors: list[Tensor], basis: Tensor, extra: int) -> list[Tensor]:
 
 
 def test_custom_ops() -> None:
-    packed = products.pack(_basis(9, "fourier", 5).float(), torch.float32)
-    torch.library.opcheck(products._contract_op, (torch.randn(2, 9, 32, requires_grad=True), *packed, 3))
-    torch.library.opcheck(products._expand_op, (torch.randn(2, 8, 32, requires_grad=True), *packed, 3))
     basis = _basis(9, "fourier", 5).float()
-    torch.library.opcheck(products._contract_small_op, (torch.randn(2, 9, 32, requires_grad=True), basis, 3))
-    torch.library.opcheck(products._expand_small_op, (torch.randn(2, 8, 32, requires_grad=True), basis, 3))
+    packed = products.pack(basis, torch.float32)
+    rest = (basis, *packed[:3], packed[3:], 3)
+    torch.library.opcheck(products._contract_op, (torch.randn(2, 9, 32, requires_grad=True), *rest))
+    torch.library.opcheck(products._expand_op, (torch.randn(2, 8, 32, requires_grad=True), *rest))
 
 
 def test_rows_do_not_depend_on_their_batch_nor_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,6 @@ pytest.importorskip("numba", reason="numba is not installed")
 
 from fastm2rec.cpu import last_scan as engine
 from fastm2rec.cpu.filtered_last_scan import filtered_last_scan
-from fastm2rec.cpu.spectral_projection import fourier_bins, fourier_products
 
 NAMES = (
     "y", "x", "mask", "weight", "bias", "conv_weight", "conv_bias", "x_proj_weight", "dt_proj_weight", "dt_proj_bias",
@@ -66,8 +65,8 @@ def _call(function: Any, basis: Tensor, lengths: Tensor, stride: int, order: Ten
     ],
 )
 def test_values_and_gradients(seqlen: int, dim: int, stride: int, ordered: bool, optional: bool, kind: str) -> None:
-    inputs, dy = _inputs(seqlen, dim, optional=optional), torch.randn(5, dim)
     order = torch.randperm(dim) if ordered else None
+    inputs, dy = _inputs(seqlen, dim, optional=optional), torch.randn(5, dim)
     arguments = (_basis(seqlen, kind), _lengths(seqlen), stride, order)
     got, plain = (gradients(partial(_call, f, *arguments), inputs, dy) for f in (filtered_last_scan, reference))
     double = cast(inputs, torch.float64)
@@ -123,15 +122,43 @@ def test_a_length_that_nobody_checked() -> None:
         assert torch.equal(bad_dx[2], dx[2])
 
 
-@pytest.mark.parametrize("keep", [True, False])
-def test_opcheck(keep: bool) -> None:
-    x, mask, weight, bias, conv_weight, conv_bias, *scanned = _inputs(20)
-    basis = _basis(20).float()
-    products = fourier_products(basis, conv_weight, torch.float32)
-    assert products is not None
-    bins = fourier_bins(products, x, basis, mask, weight, bias, conv_weight, conv_bias)
-    leaves = [value.detach().requires_grad_(keep) for value in (bins, *scanned)]
-    rest = (_lengths(20), 2, torch.randperm(32), *products)
-    torch.library.opcheck(engine._forward_op, (*leaves, *rest, keep))
-    y, low_rank = engine._forward_op(*(value.detach() for value in leaves), *rest, True)
-    torch.library.opcheck(engine._backward_op, (y, low_rank, *(value.detach() for value in leaves), *rest))
+def test_without_gradients_nothing_is_kept() -> None:
+    inputs, basis, lengths = _inputs(50), _basis(50), _lengths(50)
+    expected = gradients(partial(_call, filtered_last_scan, basis, lengths, 1, None), inputs, torch.randn(5, 32))[0]
+    y = _call(filtered_last_scan, basis, lengths, 1, None, *inputs)
+    assert torch.equal(y, expected)
+    assert not y.requires_grad
+    with torch.inference_mode():
+        assert torch.equal(_call(filtered_last_scan, basis, lengths, 1, None, *inputs), expected)
+
+
+def test_only_the_gradients_that_are_asked_for() -> None:
+    inputs, dy = _inputs(50), torch.randn(5, 32)
+    call = partial(_call, filtered_last_scan, _basis(50), _lengths(50), 1, torch.randperm(32))
+    whole = gradients(call, inputs, dy)[1:]
+    for i, gradient in enumerate(whole):
+        leaves = [value.detach().requires_grad_(i == j) for j, value in enumerate(inputs)]
+        y = call(*leaves)
+        y.backward(dy)
+        torch.testing.assert_close(leaves[i].grad, gradient, rtol=1e-5, atol=1e-5, msg=NAMES[i + 1])
+
+
+def test_autocast_and_mixed_dtypes_are_the_two_ops_in_turn() -> None:
+    inputs = _inputs(50)
+    call = partial(_call, filtered_last_scan, _basis(50), _lengths(50), 1, None)
+    expected = call(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = call(*inputs)
+    assert low.dtype == torch.float32
+    scale = expected.abs().max()
+    assert 0 < (low - expected).abs().max() <= 0.1 * scale  # some roundings to 8 bits
+    mixed = [inputs[0].bfloat16(), *inputs[1:]]
+    assert (call(*mixed).float() - expected).abs().max() <= 0.1 * scale
+
+
+def test_a_gradient_of_the_gradient_is_refused() -> None:
+    inputs = [value.requires_grad_() for value in _inputs(20)]
+    y = _call(filtered_last_scan, _basis(20), _lengths(20), 1, None, *inputs)
+    (dx,) = torch.autograd.grad(y.square().sum(), inputs[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()

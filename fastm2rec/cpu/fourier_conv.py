@@ -28,8 +28,8 @@ def _response(conv_weight: Tensor, seqlen: int, columns: int) -> tuple[Tensor, T
     return *_angles(seqlen, columns, conv_weight.shape[1], conv_weight.dtype), conv_weight.t().flip(0)
 
 
-@torch.library.custom_op("fastm2rec::cpu_fourier_conv", mutates_args=(), device_types="cpu")
-def _forward_op(x: Tensor, conv_weight: Tensor, basis: Tensor) -> Tensor:
+def launch_forward(x: Tensor, conv_weight: Tensor, basis: Tensor) -> Tensor:
+    """`convolved_bins` without its gradient."""
     from . import fourier_kernels as kernels
 
     dtype, (batch, _, dim), (dim_out, width) = x.dtype, x.shape, conv_weight.shape
@@ -43,13 +43,18 @@ def _forward_op(x: Tensor, conv_weight: Tensor, basis: Tensor) -> Tensor:
     return out
 
 
+@torch.library.custom_op("fastm2rec::cpu_fourier_conv", mutates_args=(), device_types="cpu")
+def _forward_op(x: Tensor, conv_weight: Tensor, basis: Tensor) -> Tensor:
+    return launch_forward(x, conv_weight, basis)
+
+
 @_forward_op.register_fake
 def _(x, conv_weight, basis):
     return x.new_empty(x.shape[0], basis.shape[1], x.shape[2])
 
 
-@torch.library.custom_op("fastm2rec::cpu_fourier_conv_backward", mutates_args=(), device_types="cpu")
-def _backward_op(dout: Tensor, x: Tensor, conv_weight: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+def launch_backward(dout: Tensor, x: Tensor, conv_weight: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients of x and of conv_weight."""
     from . import fourier_kernels as kernels
 
     dtype, (batch, _, dim), width = x.dtype, x.shape, conv_weight.shape[1]
@@ -64,6 +69,11 @@ def _backward_op(dout: Tensor, x: Tensor, conv_weight: Tensor, basis: Tensor) ->
     run(kernels.backward, (*arrays, batch, columns, width, dim), groups, ROWS // kernels.GROUP, width * 64, dtype)
     dw = dH.sum(0).t() @ cos + dG.sum(0).t() @ sin + dtaps.sum(0).flip(0).t()
     return dx, dw
+
+
+@torch.library.custom_op("fastm2rec::cpu_fourier_conv_backward", mutates_args=(), device_types="cpu")
+def _backward_op(dout: Tensor, x: Tensor, conv_weight: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
+    return launch_backward(dout, x, conv_weight, basis)
 
 
 @_backward_op.register_fake

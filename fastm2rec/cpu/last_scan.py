@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 # A slice should take about a tenth of a millisecond; an exponential, with its surroundings, takes half a nanosecond.
 SLICE = 200_000  # exponentials
-NO_PRODUCTS = (None, None, None, 0, 0, 0, 0)
 
 
 class Packed(NamedTuple):
@@ -138,14 +137,6 @@ def launch_backward(
     return dp, d_x_proj, d_dt_proj, d_bias, dA, dD, dz
 
 
-def _products(basis: Tensor | None, positions: Tensor | None, source: Tensor | None, *sizes: int) -> Products | None:
-    """Of what a custom op can take: tensors or None, and numbers."""
-    if basis is None or positions is None or source is None:
-        return None
-    seqlen, kept, classes, orbits = sizes
-    return Products(basis, positions, source, seqlen, kept, classes, orbits)
-
-
 @torch.library.custom_op("fastm2rec::cpu_last_scan", mutates_args=(), device_types="cpu")
 def _forward_op(
     p: Tensor,
@@ -158,27 +149,17 @@ def _forward_op(
     lengths: Tensor,
     stride: int,
     order: Tensor | None,
-    basis: Tensor | None,
-    positions: Tensor | None,
-    source: Tensor | None,
-    seqlen: int,
-    kept: int,
-    classes: int,
-    orbits: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
     dtype = compute_dtype(p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z)
     packed = pack(x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, dtype, order)
-    products = _products(basis, positions, source, seqlen, kept, classes, orbits)
-    return launch_forward(p, packed, z, lengths, stride, keep, products)
+    return launch_forward(p, packed, z, lengths, stride, keep)
 
 
 @_forward_op.register_fake
-def _(p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z, lengths, stride, order, *rest):
+def _(p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z, lengths, stride, order, keep):
     dtype = compute_dtype(p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z)
-    *products, keep = rest
-    seqlen = _seqlen(p, _products(*products))
-    shape = _low_rank_shape(p.shape[0], seqlen, A.shape[1], dt_proj_weight.shape[1], stride, keep)
+    shape = _low_rank_shape(p.shape[0], p.shape[1], A.shape[1], dt_proj_weight.shape[1], stride, keep)
     return p.new_empty(p.shape[0], p.shape[2]), p.new_empty(shape, dtype=dtype)
 
 
@@ -196,18 +177,10 @@ def _backward_op(
     lengths: Tensor,
     stride: int,
     order: Tensor | None,
-    basis: Tensor | None,
-    positions: Tensor | None,
-    source: Tensor | None,
-    seqlen: int,
-    kept: int,
-    classes: int,
-    orbits: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = (p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z)
     packed = pack(x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, compute_dtype(*inputs), order)
-    products = _products(basis, positions, source, seqlen, kept, classes, orbits)
-    found = launch_backward(dy, low_rank, p, packed, dt_proj_bias is not None, z, lengths, stride, products)
+    found = launch_backward(dy, low_rank, p, packed, dt_proj_bias is not None, z, lengths, stride)
     d_p, d_x, d_dt, d_bias, dA, dD, dz = (
         dx if x is None else dx.to(x.dtype) for dx, x in zip(found, inputs, strict=True)
     )
@@ -222,15 +195,14 @@ def _(dy, low_rank, p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z, *_)
 
 
 def _save(ctx, inputs, output) -> None:
-    *tensors, lengths, ctx.stride, order, basis, positions, source, seqlen, kept, classes, orbits, _ = inputs
-    ctx.sizes = (seqlen, kept, classes, orbits)
+    *tensors, lengths, ctx.stride, order, _ = inputs
     ctx.mark_non_differentiable(output[1])
-    ctx.save_for_backward(output[1], *tensors, lengths, order, basis, positions, source)
+    ctx.save_for_backward(output[1], *tensors, lengths, order)
 
 
 def _backward(ctx, dy, _):
-    low_rank, *inputs, lengths, order, basis, positions, source = ctx.saved_tensors
-    rest = (lengths, ctx.stride, order, basis, positions, source, *ctx.sizes)
+    low_rank, *inputs, lengths, order = ctx.saved_tensors
+    rest = (lengths, ctx.stride, order)
     if low_rank.shape[0] != lengths.shape[0]:  # nobody had said that there would be gradients
         _, low_rank = _forward_op(*inputs, *rest, True)
     gradients = _backward_op(dy, low_rank, *inputs, *rest)
@@ -252,12 +224,8 @@ def last_scan(
     lengths: Tensor,
     stride: int = 1,
     order: Tensor | None = None,
-    products: Products | None = None,
 ) -> Tensor:
-    """As `fastm2rec.reference.last_scan.last_scan`, on the CPU.
-
-    With the products of a basis V [L, R], p are the coefficients [B, R, E] of V p.
-    """
+    """As `fastm2rec.reference.last_scan.last_scan`, on the CPU."""
     tensors = (p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z)
     keep = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
-    return _forward_op(*tensors, lengths, stride, order, *(products or NO_PRODUCTS), keep)[0]
+    return _forward_op(*tensors, lengths, stride, order, keep)[0]

@@ -113,7 +113,7 @@ def _expanded(x, products, extra, bins, out, first, last):
 
 
 @part
-def _contract(first, last, scratch, x, products, out, extra):
+def _contract(first, last, scratch, x, out, products, extra):
     """Bins of the rows from `first` to before `last`; scratch as `scratch_size` says."""
     size = products.columns * products.dim
     _contracted(x, products, extra, scratch[:size], scratch[size:], out, first, last)
@@ -129,7 +129,7 @@ def contracted(*arguments):
 
 
 @part
-def _expand(first, last, scratch, x, products, out, extra):
+def _expand(first, last, scratch, x, out, products, extra):
     """The same of the transpose: `x` are bins, `out` is x."""
     _expanded(x, products, extra, scratch[: products.columns * products.dim], out, first, last)
 
@@ -162,7 +162,7 @@ def _expand_plainly(x, basis, seqlen, kept, extra, dim, out, first, last):
 
 
 @part
-def _contract_small(first, last, scratch, x, basis, out, seqlen, kept, extra, dim):
+def _contract_small(first, last, scratch, x, out, basis, seqlen, kept, extra, dim):
     """As `_contract`, of a basis [seqlen, kept]."""
     _contract_plainly(x, basis, seqlen, kept, extra, dim, out, first, last)
 
@@ -177,7 +177,7 @@ def contracted_small(*arguments):
 
 
 @part
-def _expand_small(first, last, scratch, x, basis, out, seqlen, kept, extra, dim):
+def _expand_small(first, last, scratch, x, out, basis, seqlen, kept, extra, dim):
     """As `_expand`, of a basis [seqlen, kept]."""
     _expand_plainly(x, basis, seqlen, kept, extra, dim, out, first, last)
 

@@ -53,115 +53,78 @@ def as_arrays(products: Products | None, dim: int, dtype: torch.dtype) -> Any:
     )  # fmt: skip
 
 
-def _run(kernel: Any, x: Tensor, out: Tensor, products: Products, extra: int) -> Tensor:
+def launch_contract(x: Tensor, basis: Tensor, products: Products, extra: int) -> Tensor:
+    """`contract` without its gradient; C is whole Lanes."""
+    from . import product_kernels as kernels
+
+    out = x.new_empty(x.shape[0], basis.shape[1] + extra, x.shape[2])
+    small = basis.numel() < LEAST
+    _run(kernels.contracted_small if small else kernels.contracted, small, x, basis, products, extra, out)
+    return out
+
+
+def launch_expand(bins: Tensor, basis: Tensor, products: Products, extra: int) -> Tensor:
+    """The gradient of `launch_contract`: [B, R + extra, C] to [B, L, C]."""
+    from . import product_kernels as kernels
+
+    out = bins.new_empty(bins.shape[0], basis.shape[0], bins.shape[2])
+    small = basis.numel() < LEAST
+    _run(kernels.expanded_small if small else kernels.expanded, small, bins, basis, products, extra, out)
+    return out
+
+
+def _run(kernel: Any, small: bool, x: Tensor, basis: Tensor, products: Products, extra: int, out: Tensor) -> None:
     from . import product_kernels as kernels
 
     dtype, (batch, _, dim) = x.dtype, x.shape
-    arrays = as_arrays(products, dim, dtype)
-    arguments = (as_flat(x, dtype), arrays, as_flat(out, dtype), extra)
-    grain = max(1, MULTIPLY_ADDS // (products.basis.numel() * dim))
-    run(kernel, arguments, batch, grain, kernels.scratch_size(arrays), dtype)
-    return out
+    ends = as_flat(x, dtype), as_flat(out, dtype)
+    grain = max(1, MULTIPLY_ADDS // (basis.numel() * dim))
+    if small:
+        run(kernel, (*ends, as_flat(basis, dtype), *basis.shape, extra, dim), batch, grain, 0, dtype)
+    else:
+        arrays = as_arrays(products, dim, dtype)
+        run(kernel, (*ends, arrays, extra), batch, grain, kernels.scratch_size(arrays), dtype)
 
 
 @torch.library.custom_op("fastm2rec::cpu_contract", mutates_args=(), device_types="cpu")
 def _contract_op(
-    x: Tensor, basis: Tensor, positions: Tensor, source: Tensor, seqlen: int, kept: int, classes: int,
-    orbits: int, extra: int,
-) -> Tensor:  # fmt: skip
-    from . import product_kernels as kernels
-
-    out = x.new_empty(x.shape[0], kept + extra, x.shape[2])
-    return _run(kernels.contracted, x, out, Products(basis, positions, source, seqlen, kept, classes, orbits), extra)
+    x: Tensor, whole: Tensor, basis: Tensor, positions: Tensor, source: Tensor, sizes: list[int], extra: int
+) -> Tensor:
+    return launch_contract(x, whole, Products(basis, positions, source, *sizes), extra)
 
 
 @torch.library.custom_op("fastm2rec::cpu_expand", mutates_args=(), device_types="cpu")
 def _expand_op(
-    bins: Tensor, basis: Tensor, positions: Tensor, source: Tensor, seqlen: int, kept: int, classes: int,
-    orbits: int, extra: int,
-) -> Tensor:  # fmt: skip
-    from . import product_kernels as kernels
-
-    out = bins.new_empty(bins.shape[0], seqlen, bins.shape[2])
-    return _run(kernels.expanded, bins, out, Products(basis, positions, source, seqlen, kept, classes, orbits), extra)
+    bins: Tensor, whole: Tensor, basis: Tensor, positions: Tensor, source: Tensor, sizes: list[int], extra: int
+) -> Tensor:
+    return launch_expand(bins, whole, Products(basis, positions, source, *sizes), extra)
 
 
 @_contract_op.register_fake
-def _(x, basis, positions, source, seqlen, kept, classes, orbits, extra):
-    return x.new_empty(x.shape[0], kept + extra, x.shape[2])
+def _(x, whole, basis, positions, source, sizes, extra):
+    return x.new_empty(x.shape[0], whole.shape[1] + extra, x.shape[2])
 
 
 @_expand_op.register_fake
-def _(bins, basis, positions, source, seqlen, kept, classes, orbits, extra):
-    return bins.new_empty(bins.shape[0], seqlen, bins.shape[2])
+def _(bins, whole, basis, positions, source, sizes, extra):
+    return bins.new_empty(bins.shape[0], whole.shape[0], bins.shape[2])
 
 
 def _save(ctx, inputs, output) -> None:
-    _, basis, positions, source, *ctx.sizes = inputs
-    ctx.save_for_backward(basis, positions, source)
+    _, *tensors, ctx.sizes, ctx.extra = inputs
+    ctx.save_for_backward(*tensors)
 
 
 def _contract_backward(ctx, dy):
-    return _expand_op(dy, *ctx.saved_tensors, *ctx.sizes), *[None] * 8
+    return _expand_op(dy, *ctx.saved_tensors, ctx.sizes, ctx.extra), *[None] * 6
 
 
 def _expand_backward(ctx, dy):
-    return _contract_op(dy, *ctx.saved_tensors, *ctx.sizes), *[None] * 8
+    return _contract_op(dy, *ctx.saved_tensors, ctx.sizes, ctx.extra), *[None] * 6
 
 
 _contract_op.register_autograd(_contract_backward, setup_context=_save)
 _expand_op.register_autograd(_expand_backward, setup_context=_save)
-
-
-def _run_small(kernel: Any, x: Tensor, out: Tensor, basis: Tensor, extra: int) -> Tensor:
-    dtype, (batch, _, dim), (seqlen, kept) = x.dtype, x.shape, basis.shape
-    arrays = tuple(as_flat(tensor, dtype) for tensor in (x, basis, out))
-    grain = max(1, MULTIPLY_ADDS // (seqlen * kept * dim))
-    run(kernel, (*arrays, seqlen, kept, extra, dim), batch, grain, 0, dtype)
-    return out
-
-
-@torch.library.custom_op("fastm2rec::cpu_contract_small", mutates_args=(), device_types="cpu")
-def _contract_small_op(x: Tensor, basis: Tensor, extra: int) -> Tensor:
-    from . import product_kernels as kernels
-
-    out = x.new_empty(x.shape[0], basis.shape[1] + extra, x.shape[2])
-    return _run_small(kernels.contracted_small, x, out, basis, extra)
-
-
-@torch.library.custom_op("fastm2rec::cpu_expand_small", mutates_args=(), device_types="cpu")
-def _expand_small_op(bins: Tensor, basis: Tensor, extra: int) -> Tensor:
-    from . import product_kernels as kernels
-
-    out = bins.new_empty(bins.shape[0], len(basis), bins.shape[2])
-    return _run_small(kernels.expanded_small, bins, out, basis, extra)
-
-
-@_contract_small_op.register_fake
-def _(x, basis, extra):
-    return x.new_empty(x.shape[0], basis.shape[1] + extra, x.shape[2])
-
-
-@_expand_small_op.register_fake
-def _(bins, basis, extra):
-    return bins.new_empty(bins.shape[0], basis.shape[0], bins.shape[2])
-
-
-def _save_small(ctx, inputs, output) -> None:
-    _, basis, ctx.extra = inputs
-    ctx.save_for_backward(basis)
-
-
-def _contract_small_backward(ctx, dy):
-    return _expand_small_op(dy, *ctx.saved_tensors, ctx.extra), None, None
-
-
-def _expand_small_backward(ctx, dy):
-    return _contract_small_op(dy, *ctx.saved_tensors, ctx.extra), None, None
-
-
-_contract_small_op.register_autograd(_contract_small_backward, setup_context=_save_small)
-_expand_small_op.register_autograd(_expand_small_backward, setup_context=_save_small)
 
 
 def contract(x: Tensor, basis: Tensor, products: Products, extra: int = 0) -> Tensor:
@@ -169,20 +132,16 @@ def contract(x: Tensor, basis: Tensor, products: Products, extra: int = 0) -> Te
 
     V [L, R] as it is and as it is packed; x has its dtype.
     """
-    whole, channels = _whole(x), x.shape[2]
-    small = basis.numel() < LEAST
-    found = _contract_small_op(whole, basis, extra) if small else _contract_op(whole, *products, extra)
-    return found if channels == whole.shape[2] else found[..., :channels]
+    channels = x.shape[2]
+    return _contract_op(whole_lanes(x), basis, *products[:3], products[3:], extra)[..., :channels]
 
 
 def expand(bins: Tensor, basis: Tensor, products: Products) -> Tensor:
     """V bins, [B, R, C] to [B, L, C], likewise."""
-    whole, channels = _whole(bins), bins.shape[2]
-    small = basis.numel() < LEAST
-    found = _expand_small_op(whole, basis, 0) if small else _expand_op(whole, *products, 0)
-    return found if channels == whole.shape[2] else found[..., :channels]
+    channels = bins.shape[2]
+    return _expand_op(whole_lanes(bins), basis, *products[:3], products[3:], 0)[..., :channels]
 
 
-def _whole(x: Tensor) -> Tensor:
+def whole_lanes(x: Tensor) -> Tensor:
     """With its channels padded to whole Lanes, of which there are 16 or 32."""
     return F.pad(x, (0, -x.shape[2] % 32)) if x.shape[2] % 32 else x

@@ -40,8 +40,9 @@ def filtered_last_scan(
         lengths: [B] integers, 1 to L.
         basis, mask, weight, bias, conv_weight, conv_bias: as of `spectral_projection` with `conv_first`; basis [L, R]
             or [B, L, R], mask [R] or [B, R] or None, weight [E, C], conv_weight [E, width], biases [E] or None.
-        x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z, stride, order: as of `last_scan`. With an order, channel e
-            of weight, bias and the convolution is channel order[e] of these.
+        x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z, stride: as of `last_scan`.
+        order: [E] int64, a permutation: the order in which the channels are best taken, the slowest to forget first.
+            The result does not depend on it but for roundings. None for their own.
         impl: which implementation.
 
     Returns:
