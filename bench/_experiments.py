@@ -11,10 +11,12 @@ from bench.experiments.verdicts import AS_DESCRIBED
 
 Record = Mapping[str, Any]
 ORDER = (
-    "main", "settings", "gate", "text", "filter", "stride", "noise", "cold_start", "spectrum", "periods", "dynamics",
+    "main", "long", "settings", "gate", "text", "filter", "stride", "noise", "cold_start", "spectrum", "periods",
+    "dynamics",
 )  # fmt: skip
 TITLES = {
     "main": "Main table",
+    "long": "Trained until validation stops rising",
     "settings": "Which setting to choose",
     "gate": "Text and gate",
     "text": "Text tables",
@@ -137,7 +139,7 @@ def _section(record: Record, out: Path, several: bool) -> tuple[str, list[list[s
         parts.append(TEXTS)
     if name not in ("noise", "cold_start", "spectrum"):
         parts.append(tables.of_runs(record))
-    if name == "main":
+    if name in ("main", "long"):
         parts += filter(None, [_plainly(record), published.beside(record)])
     parts += _pictures(record, out, f"-{_slug(record['device'])}" if several else "")
     rows = []
@@ -196,7 +198,7 @@ def _pictures(record: Record, out: Path, suffix: str) -> list[str]:
     def path(stem: str) -> Path:
         return out / f"{stem}{suffix}.png"
 
-    if name in ("main", "settings", "gate", "text", "stride") and record["comparisons"]:
+    if name in ("main", "long", "settings", "gate", "text", "stride") and record["comparisons"]:
         caption = "dot: over all seeds (number in brackets); bar: its interval over users; ticks: single seeds"
         drawn.append((figures.differences(record, path(name)), caption))
     if name in ("filter", "periods") and record["comparisons"]:

@@ -35,7 +35,11 @@ from bench._measure import Row, blank, measure
 from bench._tree import tree_hash
 from bench.peers._problem import PHASES, Peer, Problem, Shape
 
-OPS = ("spectral_projection", "selective_scan", "last_state", "gated_fusion", "encode_last", "last_scan")
+OPS = (
+    "spectral_projection", "selective_scan", "last_state", "gated_fusion", "encode_last", "last_scan",
+    "filtered_last_scan", "cross_entropy", "embed_norm",
+)  # fmt: skip
+LENGTHLESS = ("gated_fusion", "cross_entropy")  # a row of a batch has no positions
 COMPILE_SHARE = 0.8  # of the budget, after which nothing more is compiled
 LEAST_SECONDS = 0.5  # of timing for a shape, whatever the budget
 NOT_REACHED = "the time budget ran out before it was reached (--budget-seconds)"
@@ -60,6 +64,7 @@ CORE = {
         Shape("encode_last", "forward", "float32", 32, 200),
         Shape("last_scan", "training", "float32", 32, 200),
         Shape("spectral_projection", "training", "float32", 32, 200, None),
+        Shape("filtered_last_scan", "training", "float32", 32, 200),
     ],
 }
 ROWS = 409600  # positions of a batch, where lengths are compared
@@ -91,6 +96,10 @@ REST = {
         Shape("last_scan", "forward", "float32", 32, 200, 32),
         Shape("spectral_projection", "forward", "float32", 32, 50, None),
         Shape("gated_fusion", "forward", "float32", 256, 1, None),
+        # As one trains: a batch of 256 on rows of 50.
+        Shape("filtered_last_scan", "training", "float32", 256, 50),
+        Shape("cross_entropy", "training", "float32", 256, 1, None),
+        Shape("embed_norm", "training", "float32", 256, 50, None),
     ],
 }
 
@@ -133,7 +142,7 @@ def shapes(options: argparse.Namespace, device: torch.device) -> list[Shape]:
         if options.dtype and shape.dtype not in options.dtype:
             continue
         batch = options.batch or shape.batch
-        length = shape.seq_len if shape.op == "gated_fusion" else options.seq_len or shape.seq_len
+        length = shape.seq_len if shape.op in LENGTHLESS else options.seq_len or shape.seq_len
         found[Shape(shape.op, shape.phase, shape.dtype, batch, length, shape.d_state)] = None
     return list(found)
 
@@ -209,7 +218,7 @@ def _problem(shape: Shape, device: torch.device, options: argparse.Namespace) ->
 
 def _name(shape: Shape) -> str:
     states = "" if shape.d_state is None else f", N={shape.d_state}"
-    length = "" if shape.op == "gated_fusion" else f", L={shape.seq_len}"
+    length = "" if shape.op in LENGTHLESS else f", L={shape.seq_len}"
     return f"{shape.op} {shape.phase}, {shape.dtype}, B={shape.batch}{length}{states}"
 
 

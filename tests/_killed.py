@@ -41,11 +41,12 @@ class Moments:
         self.seen.append(name)
 
     def before(self, owner: Any, attribute: str) -> None:
-        """Make every call of `owner.attribute` a moment."""
+        """Make every call of `owner.attribute` a moment, but for those of numba's cache, which is no part of a run."""
         call = getattr(owner, attribute)
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            self.pass_(attribute)
+            if not (args and "__pycache__" in str(args[0])):
+                self.pass_(attribute)
             return call(*args, **kwargs)
 
         setattr(owner, attribute, wrapped)

@@ -9,19 +9,24 @@ import math
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from bench import _bounds, _measure, _small, counters, kernels, roofline, sanitize
 from bench._tree import tree_hash
 from bench.peers import _cufft
 from bench.peers._problem import Peer, Problem, Shape
+from bench.peers.embed_norm import Joined
 from bench.peers.last_state import problem as last_state_problem
+from fastm2rec import ops
 
 CPU = torch.device("cpu")
 CEILINGS = _bounds.Ceilings(special=1e9, operations=1e9, bytes=1e9)
-STATELESS = ("spectral_projection", "gated_fusion")
+STATELESS = ("spectral_projection", "gated_fusion", "cross_entropy", "embed_norm")
+ON_A_CPU = {"last_scan", "filtered_last_scan", "cross_entropy", "embed_norm"}  # on CUDA torch, or ops that have rows
 
 
 def _shape(op: str, phase: str = "forward") -> Shape:
@@ -111,6 +116,51 @@ def test_the_work_of_the_last_state_by_hand() -> None:
     assert exact.bytes == nodes.bytes == places * (128 + 128 + 4) * 4
 
 
+def test_the_work_of_the_training_ops_by_hand() -> None:
+    """B=2, L=9, D=64: a score is an exponential and three products; an item is read twice and its gradient written."""
+    loss = _problem(_shape("cross_entropy", "training")).work
+    assert loss.special == 2 * 3706 + 2
+    assert loss.operations == 3 * 2 * 2 * 3706 * 64
+    assert loss.bytes == 4 * (2 * 2 * 64 + 3706 * 64 + 3707 * 64) + 8 * 2
+    norm = _problem(_shape("embed_norm", "training")).work
+    assert norm.operations == 18 * 64 * (7 + 14)
+    assert norm.bytes == 4 * 64 * (2 * (18 + 18 + 2) + 3707) + 2 * 8 * 18
+    # R=1, N=4, E=128: on the columns 2 (64 + 128) a place and 128 (128 + 4) a row, the scan 2 (4 + N) + 2 * 4 + 4 N.
+    scan = _problem(_shape("filtered_last_scan", "forward")).work
+    assert scan.operations == 18 * 2 * (64 + 128) + 2 * 128 * (128 + 4) + 18 * 128 * (2 * (4 + 4) + 2 * 4 + 4 * 4)
+    assert scan.special == 18 * 128 * (4 + 3)
+    assert scan.bytes == 4 * 18 * 64
+
+
+def test_a_loss_over_padding_and_a_wrong_last_position_are_found() -> None:
+    """What the two ops return has no row for each of the batch, or is two tensors: all of it is compared."""
+    loss = _shape("cross_entropy", "training")
+
+    def with_padding(query: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(query @ weight.t(), targets, reduction="sum").expand(len(query))
+
+    norm = _shape("embed_norm", "training")
+
+    def first_is_newest(ids: torch.Tensor, lengths: torch.Tensor, table: torch.Tensor, *norm: Any) -> torch.Tensor:
+        x, _ = ops.embed_norm(ids, lengths, table, *norm, impl="reference")
+        return Joined.apply(x, x[:, 0].clone())
+
+    for shape, wrong in ((loss, with_padding), (norm, first_is_newest)):
+        problem = _problem(shape)
+        peers = [Peer("right", "eager", problem.reference), Peer("wrong", "eager", wrong)]
+        rows = _measure.measure(shape, problem, peers, CPU, CEILINGS, seconds=0.0, stop=0.0)
+        assert rows[0].median_ms is not None
+        assert (rows[1].skipped or "").startswith("wrong: differs from its reference by")
+
+
+def test_a_loss_of_more_rows_than_the_reference_takes_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    flags = ["--device", "cpu", "--ops", "cross_entropy", "--batch", "513", "--seq-len", "7"]
+    kernels.main(flags)
+    said = capsys.readouterr().out
+    assert "cross_entropy training, float32, B=513\n" in said.replace(" ()", ""), "no length"
+    assert "batch: expected at most 512" in said
+
+
 def test_a_run_resumes_row_by_row(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, figure = tmp_path / "kernels.json", tmp_path / "roofline.png"
     flags = ["--device", "cpu", "--core", "--ops", "spectral_projection", "--phase", "forward", "--batch", "2"]
@@ -182,7 +232,7 @@ def test_the_callbacks_of_cufft_on_the_host(dtype: str, tmp_path: Path) -> None:
 def test_core_shapes_are_those_of_the_targets() -> None:
     core = kernels.CORE["cuda"]
     assert core[0] == Shape("spectral_projection", "forward", "bfloat16", 2048, 200, None)
-    assert {shape.op for shape in core} == set(kernels.OPS) - {"last_scan"}
+    assert {shape.op for shape in core} == set(kernels.OPS) - ON_A_CPU
     assert all(shape.dtype == "bfloat16" for shape in core)
     assert len({*core, *kernels.REST["cuda"]}) == len(core) + len(kernels.REST["cuda"])
 
