@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -165,9 +167,15 @@ def _lines(axis: Any, rows: Sequence[Row], x: str, y: str) -> None:
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     ticks = sorted({getattr(row, x) for row in rows})
-    axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=30 if len(ticks) > 5 else 0)
+    axis.set_xticks(ticks, [f"{tick:,}" for tick in ticks], rotation=30 if _crowded(ticks) else 0)
     axis.minorticks_off()
     axis.set_xlabel(LABELS[x])
     _plain_ticks(axis.yaxis)
     axis.set_ylabel(LABELS[y])
     axis.grid(alpha=0.25)
+
+
+def _crowded(ticks: Sequence[int]) -> bool:
+    """Would the labels of a logarithmic axis run into each other?"""
+    gaps = [math.log(high / low) for low, high in itertools.pairwise(ticks)]
+    return len(ticks) > 5 or min(gaps, default=1.0) < sum(gaps) / 8

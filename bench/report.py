@@ -25,7 +25,7 @@ if __name__ == "__main__":  # from a clone, installed or not; this folder itself
 from bench._results import ROOT
 from bench._sections import _record
 
-SECTIONS = ("targets", "kernels", "models", "accuracy")  # in the README's order
+SECTIONS = ("targets", "kernels", "models", "scaling", "accuracy")  # in the README's order
 BEGIN, END = "<!-- results -->", "<!-- /results -->"
 NOTE = "<!-- written by bench/report.py from bench/results: edit neither by hand -->"
 

@@ -17,7 +17,7 @@ from pathlib import Path
 if __name__ == "__main__":  # from a clone, installed or not
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from bench import _driver, _inference, _options, _plot, _table
+from bench import _axes, _driver, _inference, _options, _plot, _table
 from bench._driver import Shape
 from bench._results import Row
 
@@ -25,7 +25,6 @@ from bench._results import Row
 SEQ_LEN = {"cpu": [200, 50, 800, 2048, 8192], "cuda": [200, 50, 100, 400, 800, 1600, 4096, 8192]}
 BATCH = {"cpu": [4, 1, 32, 256], "cuda": [256, 1, 32, 2048, 4096]}
 N_ITEMS = {"cpu": [3706, 100_000, 1_000_000], "cuda": [3706, 100_000, 1_000_000]}
-AXES = ("seq_len", "batch", "n_items")
 TEXT_DIM = 64
 COLUMNS = (
     "model", "impl", "mode", "dtype", "seq_len", "batch", "n_items", *_table.RATIOS, "peak", "bound",
@@ -34,7 +33,9 @@ COLUMNS = (
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = _options.parser(__doc__, seq_len=SEQ_LEN, batch=BATCH)
-    parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES), help="what grows (default: all)")
+    parser.add_argument(
+        "--axes", nargs="+", choices=_axes.AXES, default=list(_axes.AXES), help="what grows (default: all)"
+    )
     parser.add_argument(
         "--catalogues", type=_options.positive, nargs="+", help="sizes of the catalogue (default: 3706 100000 1000000)"
     )
@@ -82,20 +83,8 @@ def panels(options: argparse.Namespace, rows: Sequence[Row]) -> list[tuple[str, 
     Raises:
         ValueError: there is no measured row.
     """
-    timed = [row for row in rows if row.median_ms is not None]
-    if not timed:
-        raise ValueError("plot: expected at least one measured row, got none")
-    lies_on = shapes(options)
     base = {"seq_len": options.seq_len[0], "batch": options.batch[0], "n_items": options.n_items}
-    words = {"seq_len": "length {:,}", "batch": "batch {:,}", "n_items": "{:,} items"}
-    return [
-        (
-            axis,
-            ", ".join(words[name].format(value) for name, value in base.items() if name != axis),
-            [row for row in timed if axis in lies_on[Shape(row.dtype, row.seq_len, row.batch, row.n_items)]],
-        )
-        for axis in options.axes
-    ]
+    return _axes.panels(rows, base, options.axes)
 
 
 if __name__ == "__main__":
