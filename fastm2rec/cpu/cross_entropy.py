@@ -61,7 +61,11 @@ def _save(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, dloss, *_):
-    found = (gradient * dloss if gradient.numel() else None for gradient in ctx.saved_tensors)
+    # A loss that nobody scaled needs no pass over the table's gradient. A tracer's tensor is of another type.
+    whole = type(dloss) is Tensor and float(dloss) == 1
+    found = (
+        None if not gradient.numel() else gradient if whole else gradient * dloss for gradient in ctx.saved_tensors
+    )
     return *found, None, None, None, None
 
 
