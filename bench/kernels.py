@@ -33,13 +33,12 @@ import torch
 from bench import _bounds, _results
 from bench._measure import Row, blank, measure
 from bench._tree import tree_hash
-from bench.peers._problem import PHASES, Peer, Problem, Shape
+from bench.peers._problem import LENGTHLESS, PHASES, Peer, Problem, Shape
 
 OPS = (
     "spectral_projection", "selective_scan", "last_state", "gated_fusion", "encode_last", "last_scan",
     "filtered_last_scan", "cross_entropy", "embed_norm",
 )  # fmt: skip
-LENGTHLESS = ("gated_fusion", "cross_entropy")  # a row of a batch has no positions
 COMPILE_SHARE = 0.8  # of the budget, after which nothing more is compiled
 LEAST_SECONDS = 0.5  # of timing for a shape, whatever the budget
 NOT_REACHED = "the time budget ran out before it was reached (--budget-seconds)"

@@ -15,6 +15,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+if __name__ == "__main__":  # from a clone, installed or not; this folder itself would shadow other packages
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from bench.peers._problem import LENGTHLESS
+
 COLOURS = {
     "special functions": "#0b6e99", "arithmetic": "#c8553d", "memory": "#5b8c3a", "launch": "#8d6a9f",
 }  # fmt: skip
@@ -26,7 +31,7 @@ def label(row: Mapping[str, Any]) -> str:
     op = row.get("op") or row.get("model")
     phase = row.get("phase") or "inference"
     states = f", N={row['d_state']}" if row.get("d_state") else ""
-    size = f"B={row['batch']}" + ("" if op == "gated_fusion" else f", L={row['seq_len']}")
+    size = f"B={row['batch']}" + ("" if op in LENGTHLESS else f", L={row['seq_len']}")
     return f"{op} {phase}, {row['dtype']}, {size}{states}: {row['impl']}, {row['mode']}"
 
 
