@@ -130,24 +130,27 @@ def spectrum(analysis: Mapping[str, Any], path: Path, theta: float) -> str:
 
 
 def dynamics(analysis: Mapping[str, Any], path: Path) -> str:
-    """alpha, beta and theta against the epoch."""
+    """alpha, beta and theta against the epoch: a colour for each model, a line style for each data set."""
     rows = analysis["rows"]
     names = [name for name in ("alpha", "beta", "theta") if any(name in row for row in rows)]
     figure, panels = _figure(len(names), 4.0, columns=3)
     units = {"theta": "theta (cycles per step)"}
     keys = list(dict.fromkeys((row["dataset"], row["label"], row["seed"]) for row in rows))
     start = {"alpha": 0.5, "beta": 0.5}
+    datasets, labels = (list(dict.fromkeys(key[i] for key in keys)) for i in (0, 1))
     for panel, name in zip(panels, names, strict=True):
-        for place, key in enumerate(keys):
+        for key in keys:
             own: Sequence[Mapping[str, Any]] = [
                 row for row in rows if (row["dataset"], row["label"], row["seed"]) == key and name in row
             ]
             x, y = [row["epoch"] for row in own], [row[name] for row in own]
             if name in start:
                 x, y = [0, *x], [start[name], *y]
-            panel.plot(x, y, marker="o", markersize=3, color=PALETTE[place % len(PALETTE)], label=f"{key[0]}, {key[1]}")
+            colour = PALETTE[labels.index(key[1]) % len(PALETTE)]
+            style = ("-", "--", ":", "-.")[datasets.index(key[0]) % 4]
+            panel.plot(x, y, style, marker="o", markersize=3, color=colour, label=f"{key[0]}, {key[1]}")
         panel.set_title(units.get(name, name), fontsize=10)
         panel.set_xlabel("epoch")
         panel.grid(alpha=0.25)
-    panels[0].legend(fontsize=7)
+    panels[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1.0))
     return _save(figure, path)
