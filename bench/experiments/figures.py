@@ -152,5 +152,5 @@ def dynamics(analysis: Mapping[str, Any], path: Path) -> str:
         panel.set_title(units.get(name, name), fontsize=10)
         panel.set_xlabel("epoch")
         panel.grid(alpha=0.25)
-    panels[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1.0))
+    panels[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1.0), handlelength=3.5)
     return _save(figure, path)
