@@ -45,12 +45,12 @@ set have the same width, learning rate, dropout and number of samples seen, unle
 for itself. BERT4Rec is trained on masked sequences, not on prefixes. Behind ± is the standard deviation over seeds.
 
 **Scale.** These runs were made on a few CPU cores: sequences of at most {max_len} items, a few random prefixes of each
-user in an epoch, few epochs, and one seed where several were too much. Each row says how many seeds it has, how many
-samples each saw, and in how many runs validation was still rising when training ended: such a row says how fast a model
-learns, not where it would arrive. An item's text is the table that lies in the data set's folder, unless a row names
-another. Where runs of several commits meet in a table, those of the same seed have the same initial weights and
-samples, but not always the same dropout, whose random numbers may change with the code: such a difference within a seed
-is one between independent runs.{absent}
+user in an epoch, few epochs but where an experiment says otherwise, and one seed where several were too much. Each row
+says how many seeds it has, how many samples each saw, and in how many runs validation was still rising when training
+ended: such a row says how fast a model learns, not where it would arrive. An item's text is the table that lies in the
+data set's folder, unless a row names another. Where runs of several commits meet in a table, those of the same seed
+have the same initial weights and samples, but not always the same dropout, whose random numbers may change with the
+code: such a difference within a seed is one between independent runs.{absent}
 {data}
 ## Rules
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from . import ops
 from .impl import silu_in_scan
 from .reference.mamba import Mamba as ReferenceMamba
-from .spectral import SpectralFilter, take, with_one
+from .reference.positions import take
+from .spectral import SpectralFilter
 
 
 class Mamba(ReferenceMamba):
@@ -76,24 +77,22 @@ class Mamba(ReferenceMamba):
         self,
         x: Tensor,
         lengths: Tensor,
+        newest: Tensor,
         filter: SpectralFilter | None = None,
         inner: bool = True,
         stride: int = 1,
         impl: str = "auto",
-        newest: Tensor | None = None,
     ) -> Tensor:
         """The last real position only: x [B, L, D] to [B, D]; arguments as of `forward`.
 
         z, C, D u and the output projection are computed there alone, and the scan in closed form.
 
         Args:
+            newest: x at each row's last real position, [B, D].
             stride: scan every stride-th position, counted back from the last real one.
-            newest: x at each row's last real position [B, D], where the caller has it.
         """
         if filter is not None and not inner:
             newest = filter.last(x, lengths)
-        elif newest is None:
-            x, newest = with_one(x, lengths - 1)
         z = F.linear(newest, *self._half(1))
         gate = None if self.scan_norm else z
         if silu_in_scan(impl, x.device):

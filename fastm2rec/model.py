@@ -17,7 +17,8 @@ from .base import SequentialRecommender, check_lengths
 from .config import M2RecConfig
 from .mamba import Mamba
 from .reference.gated_fusion import scale_text
-from .spectral import SpectralFilter, with_one
+from .reference.positions import with_one
+from .spectral import SpectralFilter
 
 LAYER_NORM_EPS = 1e-12
 INIT_STD = 0.02
@@ -64,13 +65,16 @@ class Layer(nn.Module):
     def forward(
         self, x: Tensor, lengths: Tensor, *, last: bool, stride: int, impl: str, newest: Tensor | None = None
     ) -> Tensor:
-        """x [B, L, D], zero at padding, to [B, L, D], or with `last` to [B, D]; `newest` as of `Mamba.last`."""
+        """x [B, L, D], zero at padding, to [B, L, D], or with `last` to [B, D].
+
+        `newest` is x at each row's last real position, where the caller has it.
+        """
         filter = None if self.placement == "none" else self.filter
         inner = self.placement == "inner"
         if last:
             if newest is None:
                 x, newest = with_one(x, lengths - 1)
-            y, x = self.mamba.last(x, lengths, filter, inner, stride, impl, newest), newest
+            y, x = self.mamba.last(x, lengths, newest, filter, inner, stride, impl), newest
         else:
             y = self.mamba(x, lengths, filter, inner, impl)
         y = self.dropout(y)
@@ -138,10 +142,7 @@ class M2RecEncoder(nn.Module):
     def run(
         self, x: Tensor, lengths: Tensor, *, last: bool, impl: str = "auto", newest: Tensor | None = None
     ) -> Tensor:
-        """`forward` for right-padded input that is known to be sound, and zero at padding.
-
-        `newest` is x at each row's last real position, where the caller has it.
-        """
+        """`forward` for right-padded input that is known to be sound, and zero at padding; `newest` as of `Layer`."""
         if self.config.stride > 1 and not last:
             raise ValueError(f"output: expected 'last' with stride={self.config.stride}, got 'all'")
         *inner, final = self.layers

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from . import ops
 from .basis import column_frequencies, mask_gain, n_columns, row_basis
 from .config import M2RecConfig
+from .reference.positions import take
 
 
 class SpectralFilter(nn.Module):
@@ -137,32 +138,3 @@ class SpectralFilter(nn.Module):
         dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
         bins = torch.arange(x.shape[1] // 2 + 1, device=x.device, dtype=dtype) / x.shape[1]
         return mask_gain(bins, self.theta, self.mask, self.tau)
-
-
-def take(x: Tensor, positions: Tensor) -> Tensor:
-    """Row b's position `positions[b]`: x [B, L, C], positions [B] int64, to [B, C]."""
-    index = positions.view(-1, 1, 1).expand(-1, 1, x.shape[2])
-    return x.gather(1, index).squeeze(1)
-
-
-class _WithOne(torch.autograd.Function):
-    """x and one position of each row. The gradient of x is copied once; summed, it would be made twice and added."""
-
-    @staticmethod
-    def forward(x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        return x.view_as(x), take(x, positions)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(inputs[1])
-
-    @staticmethod
-    def backward(ctx, dx, done):
-        (positions,) = ctx.saved_tensors
-        rows = torch.arange(len(positions), device=positions.device)
-        return dx.index_put((rows, positions), done, accumulate=True), None
-
-
-def with_one(x: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-    """x [B, L, C], and `take(x, positions)`."""
-    return _WithOne.apply(x, positions)

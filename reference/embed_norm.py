@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .positions import with_one
+
 
 def embed_norm(
     item_ids: Tensor, lengths: Tensor, table: Tensor, weight: Tensor, bias: Tensor, eps: float, dropout: float
@@ -21,6 +23,4 @@ def embed_norm(
     """
     x = F.layer_norm(F.dropout(F.embedding(item_ids, table), dropout), weight.shape, weight, bias, eps)
     padding = torch.arange(item_ids.shape[1], device=table.device) >= lengths.unsqueeze(1)
-    x = x.masked_fill(padding.unsqueeze(2), 0.0)
-    last = (lengths - 1).view(-1, 1, 1).expand(-1, 1, x.shape[2])
-    return x, x.gather(1, last).squeeze(1)
+    return with_one(x.masked_fill(padding.unsqueeze(2), 0.0), lengths - 1)

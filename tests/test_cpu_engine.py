@@ -302,8 +302,8 @@ def workers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return request.param
 
 
-@compiler.part
-def _count(first, last, scratch, rounds, seen, turns):
+@slices.sliced
+def _counted(first, last, scratch, rounds, seen, turns):
     """How often each place was in a slice, and whether its thread had had one before."""
     value = 0.5
     for _ in range(rounds):  # the chaos keeps a compiler from leaving it out
@@ -312,14 +312,6 @@ def _count(first, last, scratch, rounds, seen, turns):
     for i in range(first, last):
         seen[i] += 1.0
         turns[i] = scratch[0]
-
-
-_count_slices = slices.slices(_count)
-
-
-@compiler.part
-def _counted(*arguments):
-    _count_slices(arguments)
 
 
 def test_slices_run_at_once(workers: str, threads: Any) -> None:

@@ -71,6 +71,13 @@ def test_scores_far_apart() -> None:
     _assert_as_good(found, plain, exact)
 
 
+def test_nan_is_not_lost() -> None:
+    for which in (0, 1):
+        inputs = _inputs(40, 300)
+        inputs[which][17, 3] = torch.nan
+        assert cross_entropy(inputs[0], inputs[1], inputs[2], "mean").isnan()
+
+
 def test_inputs_of_any_strides() -> None:
     query, weight, targets = _inputs(40, 300)
     loose = [
@@ -101,6 +108,19 @@ def test_only_the_gradients_that_are_asked_for(graded: tuple[bool, bool]) -> Non
         loss.backward()
     for leaf, wanted, gradient in zip(leaves, graded, whole[1:], strict=True):
         assert torch.equal(leaf.grad, gradient) if wanted else leaf.grad is None
+
+
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_backward_twice(factor: float) -> None:
+    """What a graph keeps for a second time is not what the first one added to."""
+    query, weight, targets = _inputs(40, 300)
+    once = gradients(partial(cross_entropy, reduction="sum"), [query, weight, targets], torch.tensor(factor))
+    leaves = query.clone().requires_grad_(), weight.clone().requires_grad_()
+    loss = factor * cross_entropy(*leaves, targets, "sum")
+    for times in (1, 2, 3):
+        loss.backward(retain_graph=True)
+        for leaf, gradient in zip(leaves, once[1:], strict=True):
+            torch.testing.assert_close(leaf.grad, times * gradient)
 
 
 def test_repeats_threads_and_batches(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,33 @@ def test_output_and_gradients_are_the_specifications(fields: dict[str, Any]) -> 
         assert parameter.grad is not None, name
         torch.testing.assert_close(parameter.grad, wanted[name].grad, rtol=1e-7, atol=1e-9, msg=name)
         assert name.startswith("item_embedding") or parameter.grad.any(), f"{name} has no influence"
+
+
+@pytest.mark.parametrize("put", ["hook", "subclass"])
+def test_what_is_put_on_the_embedding_counts(put: str) -> None:
+    """The fused lookup steps back for a hook, or for another module, that makes the vectors."""
+    model = build(d_model=32)
+    item_ids, lengths = batch([MAX_LEN, 1, 7])
+    table = model.item_embedding.weight
+    doubled = copy.deepcopy(model)
+    with torch.no_grad():
+        doubled.item_embedding.weight.copy_(2 * table + 1)
+    if put == "hook":
+        model.item_embedding.register_forward_hook(lambda module, inputs, e: 2 * e + 1)
+    else:
+
+        class Other(torch.nn.Embedding):
+            def forward(self, ids: Tensor) -> Tensor:
+                return 2 * super().forward(ids) + 1
+
+        model.item_embedding = Other.from_pretrained(table.detach(), freeze=False)
+    expected, actual = (one(item_ids, lengths) for one in (doubled, model))
+    torch.testing.assert_close(actual, expected)
+    expected.sum().backward()
+    actual.sum().backward()
+    wanted = doubled.item_embedding.weight.grad
+    assert wanted is not None
+    torch.testing.assert_close(model.item_embedding.weight.grad, 2 * wanted)
 
 
 @pytest.mark.parametrize("fields", [f for f in VARIANTS if f.get("stride", 1) == 1], ids=_identify)

@@ -28,8 +28,8 @@ VALUES = (
 
 _NOTE = """\
 Published test values beside those of this table. They come from other preparations of the data, longer sequences and
-full training, so only their order can be compared; where the values here are far below, the models are not trained out.
-The check-ins of New York here are a subset of frequent venues and users, with their repeat visits."""
+full training, so only their order can be compared. Whether the models here were trained out, the column *still rising*
+says. The check-ins of New York here are a subset of frequent venues and users, with their repeat visits."""
 
 
 def beside(record: Mapping[str, Any]) -> str:

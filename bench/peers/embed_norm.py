@@ -64,7 +64,7 @@ class Joined(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, newest: Tensor) -> Tensor:
-        x.data[:, -1] += newest  # unseen by autograd: torch.gather keeps x, but for its sizes alone
+        x.data[:, -1] += newest  # unseen by autograd, which keeps no x for a gradient
         return x
 
     @staticmethod

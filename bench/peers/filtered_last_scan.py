@@ -75,7 +75,7 @@ def _work(shape: Shape, columns: int, exponentials: int) -> _bounds.Work:
     the basis, on which the Linear is a product and the convolution a rotation of cosine and sine (two multiplications
     and additions each), and back to positions. The gradients are two more products for each.
     """
-    scan = last_scan._work(shape, exponentials)
+    scan = last_scan.work(shape, exponentials)
     places, training = shape.batch * shape.seq_len, shape.phase == "training"
     direct = places * DIM * (2 * D_MODEL + 2 * WIDTH + 4 * columns)
     on_columns = 2 * places * columns * (D_MODEL + DIM) + shape.batch * columns * DIM * (2 * D_MODEL + 4)

@@ -50,17 +50,17 @@ def problem(shape: Shape, device: torch.device, autotune: bool) -> Problem:
         reference=reference,
         peers=[
             # The engine leaves out states that have forgotten all they saw: what no data can spare is counted.
-            through("last_scan", "cpu", call, device, work=_work(shape, 0)),
+            through("last_scan", "cpu", call, device, work=work(shape, 0)),
             through("last_scan", "triton", call, device),
             through("last_scan", "mamba_ssm", call, device),
             plain,
             *compiled(plain, device, autotune),
         ],
-        work=_work(shape, shape.d_state),
+        work=work(shape, shape.d_state),
     )
 
 
-def _work(shape: Shape, exponentials: int) -> _bounds.Work:
+def work(shape: Shape, exponentials: int) -> _bounds.Work:
     """p is read once. At each place, for each channel and each of `exponentials` states: an exponential, its part of B,
     and of the sum; for each channel SiLU, softplus and the step size. C is needed at the last position only.
 

@@ -9,7 +9,7 @@ from ..reference.cross_entropy import cross_entropy as reference
 from .arrays import as_flat, scratch
 from .threads import run
 
-# Rows whose scores are there at once: as many as these scores are, 32 MB, within bounds.
+# Rows whose scores are there at once, and stay as scratch: 32 MB of float32, more beyond 2^18 items.
 SCORES = 2**23
 LEAST_ROWS, MOST_ROWS = 32, 256
 MULTIPLY_ADDS = 5_000_000  # of a slice: about a tenth of a millisecond

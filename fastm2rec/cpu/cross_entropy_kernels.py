@@ -19,9 +19,9 @@ from typing import NamedTuple
 import numpy as np
 from numba.extending import register_jitable
 
-from .compiler import borrower, entry, part
+from .compiler import borrower, entry
 from .simd import HALF, LANES, LOG2_E, exp2, full, load, store, where_less
-from .slices import slices
+from .slices import sliced
 from .tiles import ROWS, multiply
 
 ITEMS = 16 * ROWS
@@ -52,7 +52,8 @@ def _wide(rows):
     return (rows + LANES - 1) // LANES * LANES + HALF
 
 
-def division(items: int) -> tuple[int, int, int]:
+@register_jitable
+def division(items):
     """Blocks, blocks of a group, groups."""
     blocks = -(-items // ITEMS)
     grouped = -(-blocks // GROUPS)
@@ -106,8 +107,8 @@ def _exponentials(piece, place, count, block):
         store(piece.sums, block * wide + r, total)
 
 
-@part
-def _scores(first, last, scratch, piece):
+@sliced
+def scores(first, last, scratch, piece):
     """exp(s - m) of the blocks from `first` to before `last`, their m and sums, and the scores of their targets."""
     dim, wide = piece.dim, piece.wide
     for block in range(first, last):
@@ -122,15 +123,6 @@ def _scores(first, last, scratch, piece):
             if 0 <= target < count:
                 piece.totals[2 * wide + r] = piece.scores[place + target * wide + r]
         _exponentials(piece, place, count, block)
-
-
-_scores_slices = slices(_scores)
-
-
-@entry
-def scores(*arguments):
-    """`_scores` for the slices of a `Schedule`."""
-    _scores_slices(arguments)
 
 
 @entry
@@ -165,15 +157,14 @@ def _subtract(scale, x, start, dim, out, to):
         store(out, to + c, load(out, to + c) - load(x, start + c) * scale)
 
 
-@part
-def _gradients(first, last, scratch, piece, dquery, dweight, scale, of_query, of_weight):
+@sliced
+def gradients(first, last, scratch, piece, dquery, dweight, scale, of_query, of_weight):
     """dq of the groups from `first` to before `last`, [groups, rows, dim], and dW of their items, or that much more.
 
     The targets come last: beside their 1 / rows, all that was added after them would be rounded away.
     """
     rows, items, dim, wide, scores = piece.rows, piece.items, piece.dim, piece.wide, piece.scores
-    blocks = (items + ITEMS - 1) // ITEMS
-    grouped = (blocks + GROUPS - 1) // GROUPS
+    blocks, grouped, _ = division(items)
     for group in range(first, last):
         begin, end, to = group * grouped, min((group + 1) * grouped, blocks), group * rows * dim
         for block in range(begin, end):
@@ -196,12 +187,3 @@ def _gradients(first, last, scratch, piece, dquery, dweight, scale, of_query, of
                     _subtract(scale, piece.query, r * dim, dim, dweight, target * dim)
                 if of_query:
                     _subtract(scale, piece.weight, target * dim, dim, dquery, to + r * dim)
-
-
-_gradients_slices = slices(_gradients)
-
-
-@entry
-def gradients(*arguments):
-    """`_gradients` for the slices of a `Schedule`."""
-    _gradients_slices(arguments)

@@ -23,7 +23,7 @@ from numba.extending import register_jitable
 from .compiler import entry, part
 from .parts import fill, write
 from .simd import HALF, LANES, at, dropped, folded, full, load, load_half, store, totals
-from .slices import slices
+from .slices import sliced
 
 GROUP = 8
 
@@ -72,8 +72,8 @@ def _normalised(ids, table, position, rows, dim, key, threshold, scale, eps, kep
         inverse[i] = 1.0 / np.sqrt(inverse[i] / dim + eps)
 
 
-@part
-def _forward(
+@sliced
+def forward(
     first, last, scratch, ids, lengths, table, weight, bias, x, newest, key, threshold, scale, eps, seqlen, dim
 ):
     """x of the rows from `first` to before `last`, and each row's last of it."""
@@ -94,17 +94,8 @@ def _forward(
         write(x, (b * seqlen + length - 1) * dim, dim, newest, b * dim)
 
 
-_forward_slices = slices(_forward)
-
-
-@entry
-def forward(*arguments):
-    """`_forward` for the slices of a `Schedule`."""
-    _forward_slices(arguments)
-
-
-@part
-def _backward(
+@sliced
+def backward(
     first, last, scratch, ids, lengths, table, weight, dx, dnewest, de, dweight, dbias, key, threshold, scale, eps,
     batch, seqlen, dim,
 ):  # fmt: skip
@@ -151,15 +142,6 @@ def _backward(
                         store(de, place + c, d)
 
 
-_backward_slices = slices(_backward)
-
-
-@entry
-def backward(*arguments):
-    """`_backward` for the slices of a `Schedule`."""
-    _backward_slices(arguments)
-
-
 @entry
 def places(ids, lengths, starts, found, batch, seqlen):
     """The real positions sorted by item: those of item v are found[starts[v] : starts[v + 1]], in their order.
@@ -180,8 +162,8 @@ def places(ids, lengths, starts, found, batch, seqlen):
             starts[ids[t] + 1] += 1
 
 
-@part
-def _gather(first, last, scratch, de, starts, found, dtable, dim):
+@sliced
+def gather(first, last, scratch, de, starts, found, dtable, dim):
     """The sums of de over the places of the items from `first` to before `last`."""
     for v in range(first, last):
         for c in range(0, dim, LANES):
@@ -189,12 +171,3 @@ def _gather(first, last, scratch, de, starts, found, dtable, dim):
             for i in range(starts[v], starts[v + 1]):
                 total = total + load(de, at(found, i) * dim + c)
             store(dtable, v * dim + c, total)
-
-
-_gather_slices = slices(_gather)
-
-
-@entry
-def gather(*arguments):
-    """`_gather` for the slices of a `Schedule`."""
-    _gather_slices(arguments)

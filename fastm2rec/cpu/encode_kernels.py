@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .compiler import borrower, entry, part
+from .compiler import borrower, part
 from .parts import (
     ROWS,
     as_scan,
@@ -28,7 +28,7 @@ from .parts import (
 )  # fmt: skip
 from .row_kernels import INPUT, NONE, read_block, spectrum_of, transform
 from .simd import LANES, at, full, gelu, load, sigmoid, store, total
-from .slices import slices
+from .slices import sliced
 from .symmetry_kernels import GROUP
 
 LINEAR, CONSTANT, CONTEXT = range(1, 4)  # the gate; NONE has none
@@ -192,8 +192,8 @@ def _scan_row(ids, start, n, shape, table, filter, head, w, transposed, one, x, 
         scan_block(u, rows, k == 0, w, transposed, scan, shape.dim, shape.dstate, shape.dt_rank)
 
 
-@part
-def _encode(first, last, scratch, ids, lengths, out, seqlen, shape, tables, filter, head, weights, transposed, eps):
+@sliced
+def encode(first, last, scratch, ids, lengths, out, seqlen, shape, tables, filter, head, weights, transposed, eps):
     """The queries [batch, d_model] of the rows from `first` to before `last`; NaN where one is not sound."""
     wide, d = padded(shape.dim), padded(shape.d_model)
     w = as_weights(weights, shape.dim, shape.dstate, shape.dt_rank)
@@ -238,12 +238,3 @@ def _encode(first, last, scratch, ids, lengths, out, seqlen, shape, tables, filt
         for i in range(count):
             for c in range(shape.d_model):
                 out[(group + i) * shape.d_model + c] = found[i * d + c]
-
-
-_encode_slices = slices(_encode)
-
-
-@entry
-def encode(*arguments):
-    """`_encode` for the slices of a `Schedule`."""
-    _encode_slices(arguments)

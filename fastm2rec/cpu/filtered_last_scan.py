@@ -5,8 +5,8 @@ With V the basis, e_k the last positions' unit vectors and S what the convolutio
 
     h = (V, e)^T x W^T + b        c = S h + b_conv        p = V (m * c)        y = scan(p)
 
-Every step's gradient is that of a product. The whole is one node of autograd's graph: as many nodes and as many
-tensors in between took a tenth of a training step at 256 x 50.
+Every step's gradient is that of a product. The whole is one node of autograd's graph: a node for each step, with the
+tensors in between, made a training step at 256 x 50 take 1 to 6 % longer.
 """
 
 from __future__ import annotations

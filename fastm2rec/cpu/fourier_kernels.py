@@ -17,10 +17,10 @@ multiple of LANES.
 
 from __future__ import annotations
 
-from .compiler import entry, part
+from .compiler import part
 from .parts import fill
 from .simd import LANES, at, full, load, store
-from .slices import slices
+from .slices import sliced
 
 GROUP = 8
 
@@ -35,8 +35,8 @@ def _edges(x, start, columns, taps, width, dim, c, edges):
         store(edges, i * LANES, value)
 
 
-@part
-def _forward(first, last, scratch, x, H, G, taps, basis, out, columns, width, dim):
+@sliced
+def forward(first, last, scratch, x, H, G, taps, basis, out, columns, width, dim):
     """out [rows, columns, dim] of the rows from `first` to before `last`."""
     extra = width - 1
     for b in range(first, last):
@@ -58,17 +58,8 @@ def _forward(first, last, scratch, x, H, G, taps, basis, out, columns, width, di
                 store(out, to + r * dim + c, value)
 
 
-_forward_slices = slices(_forward)
-
-
-@entry
-def forward(*arguments):
-    """`_forward` for the slices of a `Schedule`."""
-    _forward_slices(arguments)
-
-
-@part
-def _backward(first, last, scratch, x, dout, H, G, taps, basis, dx, dH, dG, dtaps, batch, columns, width, dim):
+@sliced
+def backward(first, last, scratch, x, dout, H, G, taps, basis, dx, dH, dG, dtaps, batch, columns, width, dim):
     """dx, and the groups' sums dH, dG [groups, frequencies, dim] and dtaps [groups, width, dim] (the edges' part)."""
     extra, frequencies = width - 1, columns // 2 + 1
     for group in range(first, last):
@@ -108,12 +99,3 @@ def _backward(first, last, scratch, x, dout, H, G, taps, basis, dx, dH, dG, dtap
                         sums = (group * width + j) * dim + c
                         store(dtaps, sums, load(dtaps, sums) + load(x, tail + t * dim + c) * edge)
                     store(dx, tail + t * dim + c, value)
-
-
-_backward_slices = slices(_backward)
-
-
-@entry
-def backward(*arguments):
-    """`_backward` for the slices of a `Schedule`."""
-    _backward_slices(arguments)

@@ -56,7 +56,7 @@ from .simd import (
     store,
     totals,
 )  # fmt: skip
-from .slices import slices
+from .slices import sliced
 
 GROUP = 8  # rows of the batch whose parameter gradients are summed together
 CHUNK = 64  # positions, a multiple of ROWS
@@ -197,8 +197,8 @@ def _sum_blocks(x, count, out):
         totals(x, j * HALF, out, j)
 
 
-@part
-def _backward(
+@sliced
+def backward(
     first, last, scratch, p, products, lengths, z, dy, low_rank, order, dp, dz, sums, weights, transposed, batch,
     seqlen, dim, dstate, dt_rank, stride, has_z,
 ):  # fmt: skip
@@ -375,15 +375,6 @@ def _backward(
         _outer_products(projected, columns, count, seen, u, 0, wide, 1, wide, into.x_proj, lost_by.x_proj)
         if filtered:
             contract_row(whole, 0, products, 0, bins, folded_row, dp, b * products.kept * dim)
-
-
-_backward_slices = slices(_backward)
-
-
-@entry
-def backward(*arguments):
-    """`_backward` for the slices of a `Schedule`."""
-    _backward_slices(arguments)
 
 
 @entry

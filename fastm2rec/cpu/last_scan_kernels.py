@@ -26,7 +26,6 @@ from __future__ import annotations
 import numpy as np
 from numba.extending import register_jitable
 
-from .compiler import entry, part
 from .parts import (
     ROWS,
     as_scan,
@@ -42,7 +41,7 @@ from .parts import (
     start_scan,
 )
 from .product_kernels import expand_row
-from .slices import slices
+from .slices import sliced
 
 
 @register_jitable
@@ -52,8 +51,8 @@ def forward_scratch(products, dim, dstate, dt_rank):
     return (ROWS + 2) * padded(dim) + scan_size(dim, dstate, dt_rank) + filtered
 
 
-@part
-def _forward(
+@sliced
+def forward(
     first, last, scratch, p, products, lengths, z, y, low_rank, order, weights, transposed, seqlen, dim, dstate,
     dt_rank, stride, has_z,
 ):  # fmt: skip
@@ -102,12 +101,3 @@ def _forward(
             silu(gate, wide)
         for e in range(dim):
             y[b * dim + order[e]] = gate[e] * value[e]
-
-
-_forward_slices = slices(_forward)
-
-
-@entry
-def forward(*arguments):
-    """`_forward` for the slices of a `Schedule`."""
-    _forward_slices(arguments)

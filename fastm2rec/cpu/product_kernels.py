@@ -14,10 +14,10 @@ from typing import NamedTuple
 import numpy as np
 from numba.extending import register_jitable
 
-from .compiler import borrower, entry, part
+from .compiler import borrower
 from .parts import fill, write
 from .simd import LANES, full, load, store
-from .slices import slices
+from .slices import sliced
 from .symmetry_kernels import GROUP, contract, expand, mixed
 from .tiles import multiply
 
@@ -112,35 +112,17 @@ def _expanded(x, products, extra, bins, out, first, last):
         expand_row(x, b * size, products, extra, bins, out, b * to)
 
 
-@part
-def _contract(first, last, scratch, x, out, products, extra):
+@sliced
+def contracted(first, last, scratch, x, out, products, extra):
     """Bins of the rows from `first` to before `last`; scratch as `scratch_size` says."""
     size = products.columns * products.dim
     _contracted(x, products, extra, scratch[:size], scratch[size:], out, first, last)
 
 
-_contract_slices = slices(_contract)
-
-
-@entry
-def contracted(*arguments):
-    """`_contract` for the slices of a `Schedule`."""
-    _contract_slices(arguments)
-
-
-@part
-def _expand(first, last, scratch, x, out, products, extra):
+@sliced
+def expanded(first, last, scratch, x, out, products, extra):
     """The same of the transpose: `x` are bins, `out` is x."""
     _expanded(x, products, extra, scratch[: products.columns * products.dim], out, first, last)
-
-
-_expand_slices = slices(_expand)
-
-
-@entry
-def expanded(*arguments):
-    """`_expand` for the slices of a `Schedule`."""
-    _expand_slices(arguments)
 
 
 @borrower
@@ -161,31 +143,13 @@ def _expand_plainly(x, basis, seqlen, kept, extra, dim, out, first, last):
             store(out, ends + c, load(out, ends + c) + load(x, start + kept * dim + c))
 
 
-@part
-def _contract_small(first, last, scratch, x, out, basis, seqlen, kept, extra, dim):
-    """As `_contract`, of a basis [seqlen, kept]."""
+@sliced
+def contracted_small(first, last, scratch, x, out, basis, seqlen, kept, extra, dim):
+    """As `contracted`, of a basis [seqlen, kept]."""
     _contract_plainly(x, basis, seqlen, kept, extra, dim, out, first, last)
 
 
-_contract_small_slices = slices(_contract_small)
-
-
-@entry
-def contracted_small(*arguments):
-    """`_contract_small` for the slices of a `Schedule`."""
-    _contract_small_slices(arguments)
-
-
-@part
-def _expand_small(first, last, scratch, x, out, basis, seqlen, kept, extra, dim):
-    """As `_expand`, of a basis [seqlen, kept]."""
+@sliced
+def expanded_small(first, last, scratch, x, out, basis, seqlen, kept, extra, dim):
+    """As `expanded`, of a basis [seqlen, kept]."""
     _expand_plainly(x, basis, seqlen, kept, extra, dim, out, first, last)
-
-
-_expand_small_slices = slices(_expand_small)
-
-
-@entry
-def expanded_small(*arguments):
-    """`_expand_small` for the slices of a `Schedule`."""
-    _expand_small_slices(arguments)

@@ -13,8 +13,8 @@ from .arrays import as_flat
 from .threads import run
 
 # Elements of V from which its orbits are the faster way. On one thread and on two, at 256 rows of 64 channels, those of
-# 100 x 21 take 1.1 times as long as V itself, those of 200 x 41 0.75 to 0.95 times. torch's own products take 1.3 to 2
-# times as long as the faster one.
+# 100 x 21 take 1.0 to 1.3 times as long as V itself, those of 200 x 41 0.75 to 0.95 times; torch's own products take
+# 1.3 to 2.3 times as long as the faster one.
 LEAST = 4000
 MULTIPLY_ADDS = 2_000_000  # of a slice: about a tenth of a millisecond
 

@@ -5,16 +5,10 @@ operations these wait for more work without leaving their cores, for millisecond
 any other thread. Were each slice a call from Python, two threads would wait for its lock about as long as a short
 kernel takes: 0.2 ms on two cores.
 
-    @part
-    def _forward(first, last, scratch, x, y): ...
+    @sliced
+    def forward(first, last, scratch, x, y): ...
 
-    _forward_slices = slices(_forward)
-
-    @entry
-    def forward(*arguments):
-        _forward_slices(arguments)
-
-`forward` takes `Schedule`, and then what `_forward` takes behind `scratch`.
+`forward` then takes the fields of a `Schedule` in place of its first three arguments.
 """
 
 from __future__ import annotations
@@ -22,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from pathlib import Path
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import llvmlite.binding
@@ -32,6 +27,7 @@ from numba import types
 from numba.core import cgutils
 from numba.np.arrayobj import populate_array
 
+from .compiler import entry, part
 from .simd import address, intrinsic
 
 
@@ -81,8 +77,25 @@ def _parallel() -> Any:
 llvmlite.binding.add_symbol(_NAME, ctypes.cast(_parallel() or _alone, ctypes.c_void_p).value)
 
 
-def slices(kernel: Any) -> Any:
-    """The intrinsic that calls `kernel(first, last, scratch, ...)` for all slices of a `Schedule`."""
+def sliced(kernel: Any) -> Any:
+    """Compile `kernel(first, last, scratch, ...)`, and what calls it for all slices of a `Schedule`."""
+    # numba finds what it has kept on the disk by file, name and line, and by what a function encloses, which would be
+    # another object in every process: the caller has the kernel's place, and encloses nothing.
+    code = _call.__code__.replace(
+        co_filename=kernel.__code__.co_filename, co_firstlineno=kernel.__code__.co_firstlineno,
+        co_name=kernel.__name__, co_qualname=kernel.__qualname__,
+    )  # fmt: skip
+    caller = FunctionType(code, {"_slices": _slices_of(part(kernel)), "__name__": kernel.__module__})
+    caller.__doc__ = kernel.__doc__
+    return entry(caller)
+
+
+def _call(*arguments):
+    _slices(arguments)  # type: ignore[name-defined] # noqa: F821
+
+
+def _slices_of(kernel: Any) -> Any:
+    """The intrinsic that calls a compiled kernel for all slices."""
 
     @intrinsic
     def run(typingctx, arguments):

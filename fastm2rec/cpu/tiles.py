@@ -84,8 +84,24 @@ def products(rows: int, columns: int) -> Any:
     return tile
 
 
-_wide, _wide_row = products(ROWS, COLUMNS), products(1, COLUMNS)
-_narrow, _narrow_row = products(ROWS, LANES), products(1, LANES)
+def _covering(columns: int) -> Any:
+    """What covers so many columns of a product, and any number of its rows."""
+    tile, row = products(ROWS, columns), products(1, columns)
+
+    @borrower
+    def cover(a, from_, a_row, a_step, rows, b, at, b_step, depth, out, to, out_row, more):
+        i = 0
+        while i + ROWS <= rows:
+            tile(a, from_ + i * a_row, a_row, a_step, b, at, b_step, depth, out, to + i * out_row, out_row, more)
+            i += ROWS
+        while i < rows:
+            row(a, from_ + i * a_row, a_row, a_step, b, at, b_step, depth, out, to + i * out_row, out_row, more)
+            i += 1
+
+    return cover
+
+
+_wide, _narrow = _covering(COLUMNS), _covering(LANES)
 
 
 @borrower
@@ -96,26 +112,6 @@ def multiply(a, from_, a_row, a_step, rows, b, at, b_step, columns, depth, out, 
     """
     wide = columns // COLUMNS * COLUMNS
     for j in range(0, wide, COLUMNS):
-        i = 0
-        while i + ROWS <= rows:
-            _wide(
-                a, from_ + i * a_row, a_row, a_step, b, at + j, b_step, depth, out, to + i * out_row + j, out_row, more
-            )
-            i += ROWS
-        while i < rows:
-            _wide_row(
-                a, from_ + i * a_row, a_row, a_step, b, at + j, b_step, depth, out, to + i * out_row + j, out_row, more
-            )
-            i += 1
+        _wide(a, from_, a_row, a_step, rows, b, at + j, b_step, depth, out, to + j, out_row, more)
     for j in range(wide, columns, LANES):
-        i = 0
-        while i + ROWS <= rows:
-            _narrow(
-                a, from_ + i * a_row, a_row, a_step, b, at + j, b_step, depth, out, to + i * out_row + j, out_row, more
-            )
-            i += ROWS
-        while i < rows:
-            _narrow_row(
-                a, from_ + i * a_row, a_row, a_step, b, at + j, b_step, depth, out, to + i * out_row + j, out_row, more
-            )
-            i += 1
+        _narrow(a, from_, a_row, a_step, rows, b, at + j, b_step, depth, out, to + j, out_row, more)
