@@ -184,10 +184,11 @@ def _items(rows: list[tuple]) -> pl.DataFrame:
 
 
 def _zip(members: dict[str, bytes]) -> bytes:
+    """An archive of ``members``, the same bytes at every call: they are parameters, hence names, of tests."""
     buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(buffer, "w") as archive:
         for name, content in members.items():
-            archive.writestr(name, content)
+            archive.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED)
     return buffer.getvalue()
 
 
