@@ -4,9 +4,10 @@
     python bench/accuracy.py bench/experiments/*.yaml --data DIR --record
     python bench/accuracy.py --report
 
-DIR holds one folder for each data set (ml-100k, amazon-beauty, foursquare-nyc). The work folder keeps models and ranks:
-the same command again goes on where the last one stopped, and a run that two experiments share is made once. What an
-experiment's YAML may say: bench/experiments/plan.py. --report writes docs/experiments.md from the records.
+DIR holds one folder for each data set (ml-100k, amazon-beauty, foursquare-nyc, ml-1m), as published or as `fastm2rec
+prepare` wrote it, which is read without polars. The work folder keeps models and ranks: the same command again goes on
+where the last one stopped, and a run that two experiments share is made once. What an experiment's YAML may say:
+bench/experiments/plan.py. --report writes docs/experiments.md from the records.
 """
 
 from __future__ import annotations

@@ -1,26 +1,48 @@
 """What every test shares: where the real data is, and the tests that this machine cannot run.
 
+From PYTHONPATH, with nothing installed, a file whose imports are not all there is skipped, with their names. Where the
+package is installed its extra `dev` has brought them, and a missing one is an error.
+
 Without a CUDA device the kernels run in Triton's interpreter, which must be chosen before anything imports triton.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import importlib.util
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+OURS = ("fastm2rec", "kernels", "bench", "reference", "tests")
+INSTALLED = any(distribution.name == "fastm2rec" for distribution in importlib.metadata.distributions())
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 if HAS_TRITON and not torch.cuda.is_available():
     assert "triton" not in sys.modules, "triton was imported before conftest could choose its interpreter"
     os.environ["TRITON_INTERPRET"] = "1"
     from tests import _interpreter  # noqa: F401  (repairs bfloat16)
+
+
+def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+    return None if INSTALLED else _WithWhatIsThere.from_parent(parent, path=module_path)
+
+
+class _WithWhatIsThere(pytest.Module):
+    def collect(self) -> Iterable[pytest.Item | pytest.Collector]:
+        try:
+            _ = self.obj  # imported here
+        except self.CollectError as error:
+            missing: BaseException | None = error.__cause__
+            if isinstance(missing, ImportError) and missing.name and missing.name.partition(".")[0] not in OURS:
+                pytest.skip(f"{missing.name} is not installed", allow_module_level=True)
+            raise
+        return super().collect()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

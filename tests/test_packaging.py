@@ -8,11 +8,13 @@ import sys
 import tarfile
 import tomllib
 import zipfile
+from collections.abc import Collection
 from pathlib import Path
 
 import pytest
 
 import fastm2rec
+from tests import _runs
 
 LINKED = ("kernels", "reference")
 
@@ -42,19 +44,27 @@ def test_linked_folders_stay_namespace_packages(root: Path, name: str) -> None:
     assert not (root / name / "__init__.py").exists()
 
 
-def test_imports_with_torch_alone() -> None:
-    code = f"""
+def _python_without(packages: Collection[str], code: str) -> str:
+    return _python(
+        f"""
 import sys
 class Hide:  # what these finders find, less the packages that are to be absent
     def __init__(self, finder):
         self.finder = finder
     def find_spec(self, name, path=None, target=None):
-        hidden = name.partition(".")[0] in {BLOCKED!r}
+        hidden = name.partition(".")[0] in {packages!r}
         return None if hidden else self.finder.find_spec(name, path, target)
 import torch
-for name in {BLOCKED!r}:
+for name in {packages!r}:
     sys.modules.pop(name, None)
 sys.meta_path[:] = [Hide(finder) for finder in sys.meta_path]
+{code}
+"""
+    )
+
+
+def test_imports_with_torch_alone() -> None:
+    code = """
 import fastm2rec
 for name in fastm2rec.__all__:
     getattr(fastm2rec, name)
@@ -62,7 +72,27 @@ config = fastm2rec.M2RecConfig(n_items=20, max_len=8, gate="none")
 model = fastm2rec.M2Rec(config)
 print(len(model.recommend([[1, 2, 3]], k=5)[0]))
 """
-    assert _python(code).strip() == "5"
+    assert _python_without(BLOCKED, code).strip() == "5"
+
+
+def test_a_prepared_data_set_is_trained_on_without_polars(tmp_path: Path) -> None:
+    _runs.inputs().dataset.save(tmp_path / "data")
+    code = f"""
+from fastm2rec.data import synthetic
+from fastm2rec.training import RunConfig, train
+config = RunConfig.from_dict({{
+    "model": "m2rec", "gate": "none", "max_len": 6, "d_model": 8, "epochs": 1,
+    "dataset": "prepared", "data": {str(tmp_path / "data")!r},
+}})
+print(train(config, {str(tmp_path / "run")!r}).epochs)
+try:
+    synthetic()
+except ImportError as error:
+    print(error.name, error)
+"""
+    trained, refused = _python_without(("polars", "pooch", "jsonargparse"), code).splitlines()[-2:]
+    assert trained == "1"
+    assert refused.startswith("polars reading a log needs polars, which is not installed: pip install")
 
 
 def test_import_loads_nothing_heavy() -> None:

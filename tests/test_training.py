@@ -15,11 +15,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastm2rec import SequentialRecommender
+from fastm2rec import SequentialRecommender, Vocabulary
 from fastm2rec.data import PrefixSamples, SequenceDataset
 from fastm2rec.metrics import RankingMetrics
 from fastm2rec.storage import load_tensors
-from fastm2rec.training import DivergedError, RunFolder, evaluate, evaluate_popularity, loop
+from fastm2rec.training import DivergedError, Inputs, RunFolder, evaluate, evaluate_popularity, loop
 from fastm2rec.training.evaluate import popularity, protocol
 from fastm2rec.training.inputs import make_model
 from fastm2rec.training.objective import AllPositions, Cloze, make_question
@@ -57,6 +57,38 @@ def test_every_model_learns_what_popularity_does_not_know(tmp_path: Path, model:
     lines = RunFolder(tmp_path / "run").metrics()
     assert lines[-1]["loss"] < lines[0]["loss"]
     assert best.recommend([[1, 2, 3]], 3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("model", "options"),
+    [
+        ("m2rec", {**LEARN, "d_state": 16}),
+        ("m2rec", {**LEARN, "d_state": 16, "gate": "scalar", "gate_residual": True, "amp": "bf16"}),
+        ("m2rec", {**LEARN, "d_state": 16, "filter_placement": "input", "theta": 0.25, "mask": "soft"}),
+        ("mamba4rec", {**LEARN, "d_state": 16, "amp": "bf16"}),
+        ("sasrec", LEARN),
+    ],
+)
+def test_a_model_learns_on_a_gpu(tmp_path: Path, model: str, options: dict[str, Any]) -> None:
+    data = _walk(**BIG)
+    result = _runs.run(tmp_path / "run", model, source=data, **options, device="cuda")
+    best = SequentialRecommender.from_pretrained(tmp_path / "run" / "best")
+    reached = evaluate(best.to("cuda"), data.dataset, "valid").compute()["NDCG@10"]
+    assert reached == pytest.approx(result.best, abs=0.02)  # bfloat16 in training
+    by_popularity = evaluate_popularity(data.dataset, "test").compute()["NDCG@10"]
+    assert evaluate(best.to("cpu"), data.dataset, "test").compute()["NDCG@10"] > 2 * by_popularity
+
+
+def _walk(n_users: int, n_items: int, length: int) -> Inputs:
+    """What `_runs.inputs` gives, made without polars, which a machine with a GPU may lack."""
+    group = (torch.arange(length) + torch.randint(5, (n_users, 1))) % 5
+    items = group + 5 * torch.randint(n_items // 5, (n_users, length)) + 1
+    vocab = Vocabulary(list(range(1, n_items + 1)))
+    offsets = length * torch.arange(n_users + 1)
+    text = torch.randn(n_items + 1, 4)
+    text[0] = 0
+    return Inputs(SequenceDataset(items.flatten(), offsets, list(range(n_users)), vocab), text, ("memory",), "memory")
 
 
 def test_lines_of_metrics_and_the_result_agree(tmp_path: Path) -> None:

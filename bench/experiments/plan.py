@@ -29,6 +29,7 @@ from typing import Any
 import yaml
 
 from fastm2rec.data import load_text_table
+from fastm2rec.data.log import SEQUENCES_FILE
 from fastm2rec.training import RunConfig
 
 # Where files are and how a run is watched: what its result does not depend on.
@@ -63,8 +64,9 @@ class Run:
 
     @property
     def options(self) -> dict[str, Any]:
-        """Every option but the place of the data; a text table's file by its name and a digest of its content."""
+        """Every option but the data's place and whether it was prepared; a text table by its name and a digest."""
         options = {name: value for name, value in self.config.to_dict().items() if name != "data"}
+        options["dataset"] = self.dataset
         if options["text"] not in _NO_FILE:
             file = Path(options["text"])
             options["text"] = f"{file.stem} {_digest(file)}"
@@ -103,7 +105,8 @@ def read(
 
     Args:
         path: the file.
-        data: the folder that holds one folder for each data set; the data set `synthetic` needs none.
+        data: the folder that holds one folder for each data set, as published or as `fastm2rec prepare` wrote it (which
+            then has made the k-core); the data set `synthetic` needs none.
         device, threads: where the runs are made.
         tables: the folder of the text tables; without, a run that reads one has no key.
 
@@ -141,15 +144,22 @@ def _unfold(
                 here = model.get("for", {}).get(dataset, {})
                 if here is None or seed not in model.get("seeds", values["seeds"]):
                     continue
-                where = {} if dataset == "synthetic" or data is None else {"data": str(data / dataset)}
-                options = {**values.get("options", {}), **(of_data or {}), **own, **here, **where, **place}
+                options = {**values.get("options", {}), **(of_data or {}), **own, **here, **place}
                 if tables is not None and options.get("text", "auto") not in _NO_FILE:
                     options["text"] = str(_existing(text_table(tables, dataset, options["text"])))
-                config = RunConfig.from_dict({**options, "dataset": dataset, "seed": seed})
+                config = RunConfig.from_dict({**options, **_where(data, dataset), "seed": seed})
                 runs.append(Run(label, dataset, seed, config))
     if not runs:
         raise ValueError("models, seeds, data: expected at least one run, got none")
     return Experiment(name, values["question"], values["compare_to"], tuple(runs), analysis)
+
+
+def _where(data: Path | None, dataset: str) -> dict[str, str]:
+    """Where a data set is, and how it is read."""
+    if data is None or dataset == "synthetic":
+        return {"dataset": dataset}
+    folder = data / dataset
+    return {"dataset": "prepared" if (folder / SEQUENCES_FILE).exists() else dataset, "data": str(folder)}
 
 
 def _existing(file: Path) -> Path:

@@ -7,9 +7,8 @@ import html
 import json
 from typing import Any, TypeGuard
 
-import polars as pl
-
 from ..storage import PathLike
+from ._polars import pl
 from .delimited import item_frame, log_frame
 from .files import DataError, read_lines
 
@@ -21,11 +20,12 @@ def amazon_reviews(path: PathLike) -> pl.DataFrame:
     if frame is None:
         # Not all of it is plain JSON of these types: read line by line, which also finds the line to complain about.
         records = [_review(number, _parse(number, line, path), path) for number, line in lines.iter_rows()]
-        frame = pl.DataFrame(records, schema=_REVIEW, orient="row")
+        frame = pl.DataFrame(records, schema=_review_types(), orient="row")
     return log_frame(frame["reviewerID"], frame["asin"], frame["unixReviewTime"], frame["overall"])
 
 
-_REVIEW = {"reviewerID": pl.String, "asin": pl.String, "unixReviewTime": pl.Int64, "overall": pl.Float64}
+def _review_types() -> dict[str, type[pl.DataType]]:
+    return {"reviewerID": pl.String, "asin": pl.String, "unixReviewTime": pl.Int64, "overall": pl.Float64}
 
 
 def _decoded(lines: pl.DataFrame) -> pl.DataFrame | None:
@@ -34,7 +34,7 @@ def _decoded(lines: pl.DataFrame) -> pl.DataFrame | None:
     polars turns a wrong type into the wanted one where it can, so times are read as floating point, which keeps the
     fraction that gives a wrong one away, and ids as they stand.
     """
-    loose = pl.Struct(_REVIEW | {"unixReviewTime": pl.Float64})
+    loose = pl.Struct(_review_types() | {"unixReviewTime": pl.Float64})
     try:
         frame = lines["line"].str.json_decode(loose).struct.unnest()
     except pl.exceptions.PolarsError:

@@ -9,9 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import polars as pl
-
 from ..storage import PathLike
+from ._polars import pl
 from .files import DataError
 from .log import SEQUENCES_FILE, SequenceDataset, k_core
 from .readers import read_items, read_log

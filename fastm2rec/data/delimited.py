@@ -9,9 +9,8 @@ import csv
 import io
 from collections.abc import Sequence
 
-import polars as pl
-
 from ..storage import PathLike
+from ._polars import pl
 from .files import (
     NUMBER,
     DataError,

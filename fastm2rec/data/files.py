@@ -11,9 +11,8 @@ import zlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import polars as pl
-
 from ..storage import PathLike
+from ._polars import pl
 
 # The column of line numbers. No field of a file can have this name, for no header line holds a line end.
 NUMBER = "\nnumber"

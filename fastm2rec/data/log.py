@@ -10,12 +10,12 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
-import polars as pl
 import torch
 from torch import Tensor
 
 from ..storage import PathLike, StorageError, load_tensors, read_json, save_tensors, write_json
 from ..vocab import ItemId, Vocabulary
+from ._polars import pl
 from .files import DataError
 
 SEQUENCES_FILE = "sequences.safetensors"

@@ -6,10 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import polars as pl
-
 from ..storage import PathLike
 from . import amazon, delimited
+from ._polars import pl
 from .files import DataError
 
 LOG_FORMATS: dict[str, Callable[..., pl.DataFrame]] = {

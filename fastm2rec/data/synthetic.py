@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import polars as pl
 import torch
 from torch import Tensor
 
+from ._polars import pl
 from .delimited import item_frame
 
 

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import polars as pl
 import torch
 from torch import Tensor
 
 from ..storage import PathLike, StorageError, load_tensors, read_json, save_tensors
 from ..vocab import ItemId, Vocabulary
+from ._polars import pl
 from .files import DataError, natural_ids, read_bytes, read_parquet
 
 ENDINGS = (".safetensors", ".npz", ".npy", ".parquet")
@@ -54,15 +54,7 @@ def load_text_table(path: PathLike) -> TextTable:
         raise DataError(f"{path}: expected a file ending in {', '.join(ENDINGS)}")
     try:
         ids, values = _READERS[path.suffix](path)
-    except (
-        KeyError,
-        ValueError,
-        EOFError,
-        zipfile.BadZipFile,
-        zlib.error,
-        StorageError,
-        pl.exceptions.PolarsError,
-    ) as error:
+    except (KeyError, ValueError, EOFError, zipfile.BadZipFile, zlib.error, StorageError) as error:
         if isinstance(error, DataError):
             raise
         raise DataError(f"{path}: not a table of text embeddings: {error}") from None
@@ -144,13 +136,16 @@ def _parquet(path: Path) -> tuple[list[ItemId], np.ndarray]:
     missing = [name for name in ("item_id", "embedding") if name not in frame]
     if missing:
         raise DataError(f"{path}: no column {', '.join(missing)}; the columns are {', '.join(frame.columns)}")
-    column = frame["embedding"]
-    if isinstance(column.dtype, pl.Array):
-        column = column.arr.to_list()
-    lengths = column.list.len().unique().sort()
+    try:
+        ids, column = natural_ids(frame["item_id"]).to_list(), frame["embedding"]
+        if isinstance(column.dtype, pl.Array):
+            column = column.arr.to_list()
+        lengths = column.list.len().unique().sort()
+    except pl.exceptions.PolarsError as error:
+        raise ValueError(f"expected ids and lists of numbers: {error}") from None
     if len(lengths) > 1:
         raise DataError(f"{path}: embedding: expected lists of one length, got {lengths.to_list()}")
-    return natural_ids(frame["item_id"]).to_list(), np.array(column.to_list())
+    return ids, np.array(column.to_list())
 
 
 _READERS = {".npz": _npz, ".npy": _npy, ".safetensors": _safetensors, ".parquet": _parquet}
