@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,15 @@ from bench.experiments.verdicts import AS_DESCRIBED
 
 Record = Mapping[str, Any]
 ORDER = (
-    "main", "long", "settings", "gate", "text", "filter", "stride", "noise", "cold_start", "spectrum", "periods",
-    "dynamics",
+    "main", "long", "length", "settings", "long_settings", "gate", "text", "filter", "stride", "noise", "cold_start",
+    "spectrum", "periods", "dynamics",
 )  # fmt: skip
 TITLES = {
     "main": "Main table",
-    "long": "Trained until validation stops rising",
+    "long": verdicts.TRAINED_OUT,
+    "length": "With as many positions as published",
     "settings": "Which setting to choose",
+    "long_settings": "Which setting to choose when there is time",
     "gate": "Text and gate",
     "text": "Text tables",
     "filter": "The filter's own choices",
@@ -28,6 +31,8 @@ TITLES = {
     "periods": "Known periods",
     "dynamics": "What gate and filter learn",
 }
+PUBLISHED = ("main", "long", "length")  # have published values beside them
+WITH_DIFFERENCES = (*PUBLISHED, "settings", "long_settings", "gate", "text", "stride")  # a figure of them
 BEFORE = {"text": "python bench/experiments/text_tables.py --data DIR\n"}  # what an experiment needs first
 
 HEAD = """\
@@ -44,13 +49,13 @@ history included. Training stops early on validation NDCG@10, and the best epoch
 set have the same width, learning rate, dropout and number of samples seen, unless a row says otherwise; none was tuned
 for itself. BERT4Rec is trained on masked sequences, not on prefixes. Behind ± is the standard deviation over seeds.
 
-**Scale.** These runs were made on a few CPU cores: sequences of at most {max_len} items, a few random prefixes of each
-user in an epoch, few epochs but where an experiment says otherwise, and one seed where several were too much. Each row
-says how many seeds it has, how many samples each saw, and in how many runs validation was still rising when training
-ended: such a row says how fast a model learns, not where it would arrive. An item's text is the table that lies in the
-data set's folder, unless a row names another. Where runs of several commits meet in a table, those of the same seed
-have the same initial weights and samples, but not always the same dropout, whose random numbers may change with the
-code: such a difference within a seed is one between independent runs.{absent}
+**Scale.** These runs were made on a few CPU cores: sequences of at most {max_len} items and few epochs, but where an
+experiment says otherwise; a few random prefixes of each user in an epoch; and one seed where several were too much.
+Each row says how many seeds it has, how many samples each saw, and in how many runs validation was still rising when
+training ended: such a row says how fast a model learns, not where it would arrive. An item's text is the table that
+lies in the data set's folder, unless a row names another. Where runs of several commits meet in a table, those of the
+same seed have the same initial weights and samples, but not always the same dropout, whose random numbers may change
+with the code: such a difference within a seed is one between independent runs.{absent}
 {data}
 ## Rules
 
@@ -100,11 +105,11 @@ def render(records: Sequence[Record], out: Path) -> str:
     if not own:
         raise ValueError("records: expected at least one experiment with a finished run, got none")
     own.sort(key=lambda record: (record["device"], _place(record["name"])))
-    lengths = {row["options"]["max_len"] for record in own for row in record["runs"]}
+    lengths = Counter(row["options"]["max_len"] for record in own for row in record["runs"])
     datasets = {row["dataset"] for record in own for row in record["runs"]}
     absent = "" if "ml-1m" in datasets else " ML-1M was not run."
     data = f"\n{tables.datasets(own)}\n" if any(record.get("data") for record in own) else ""
-    parts = [HEAD.format(rules=claims.RULES, max_len=max(lengths), absent=absent, data=data)]
+    parts = [HEAD.format(rules=claims.RULES, max_len=lengths.most_common(1)[0][0], absent=absent, data=data)]
     sections, summary = [], []
     several = len({record["device"] for record in own}) > 1
     for record in own:
@@ -139,7 +144,7 @@ def _section(record: Record, out: Path, several: bool) -> tuple[str, list[list[s
         parts.append(TEXTS)
     if name not in ("noise", "cold_start", "spectrum"):
         parts.append(tables.of_runs(record))
-    if name in ("main", "long"):
+    if name in PUBLISHED:
         parts += filter(None, [_plainly(record), published.beside(record)])
     parts += _pictures(record, out, f"-{_slug(record['device'])}" if several else "")
     rows = []
@@ -198,7 +203,7 @@ def _pictures(record: Record, out: Path, suffix: str) -> list[str]:
     def path(stem: str) -> Path:
         return out / f"{stem}{suffix}.png"
 
-    if name in ("main", "long", "settings", "gate", "text", "stride") and record["comparisons"]:
+    if name in WITH_DIFFERENCES and record["comparisons"]:
         caption = "dot: over all seeds (number in brackets); bar: its interval over users; ticks: single seeds"
         drawn.append((figures.differences(record, path(name)), caption))
     if name in ("filter", "periods") and record["comparisons"]:

@@ -70,6 +70,21 @@ def test_a_wrong_yaml_is_refused_by_name(text: str, message: str, tmp_path: Path
         read(_write(tmp_path, text))
 
 
+def test_a_prepared_data_set_makes_the_same_runs(tmp_path: Path) -> None:
+    file = _write(tmp_path, TINY.replace("synthetic:", "table:"))
+    rows = [f"u{i % 25},i{i * 7 % 20},{i}" for i in range(500)]
+    raw, prepared = tmp_path / "raw" / "table", tmp_path / "prepared" / "table"
+    raw.mkdir(parents=True)
+    (raw / "log.csv").write_text("\n".join(["user,item,timestamp", *rows]))
+    load_dataset("table", raw).dataset.save(prepared)
+    found, again = (read(file, folder.parent, "cpu", 1).runs for folder in (raw, prepared))
+    assert [run.config.data.dataset for run in (found[0], again[0])] == ["table", "prepared"]
+    assert [run.key for run in again] == [run.key for run in found]
+    assert [run.dataset for run in again] == [run.dataset for run in found]
+    store = Store(tmp_path)
+    assert store.inputs(again[0]).dataset.fingerprint() == store.inputs(found[0]).dataset.fingerprint()
+
+
 TEXTS = """
 question: Which text?
 compare_to: folder's own
@@ -269,7 +284,11 @@ def test_the_setting_is_chosen_on_validation_alone() -> None:
     assert chosen == [claims.Choice("d", "b", among=2, all=3, seeds=2)], "c has one seed only"
 
 
-def test_what_wins_a_loss_back_is_said_where_there_is_one() -> None:
+@pytest.mark.parametrize(
+    ("name", "beginning"),
+    [("settings", ""), ("long_settings", "Trained until validation stops rising: ")],
+)
+def test_what_wins_a_loss_back_is_said_where_there_is_one(name: str, beginning: str) -> None:
     def run(dataset: str, label: str, valid: float) -> dict[str, Any]:
         return {"dataset": dataset, "label": label, "valid": {"NDCG@10": valid}}
 
@@ -279,17 +298,32 @@ def test_what_wins_a_loss_back_is_said_where_there_is_one() -> None:
 
     described, ours, base = "M2Rec (inner)", "residual gate", "Mamba4Rec"
     record = {
-        "name": "settings", "compare_to": base, "analysis": {},
+        "name": name, "compare_to": base, "analysis": {},
         "runs": [run(dataset, label, valid) for dataset in "lw" for label, valid in
                  ((base, 0.9), (described, 0.1), (ours, 0.2))],
         "comparisons": [compared("l", described, -0.2), compared("l", ours, 0.001), compared("w", described, 0.2),
                         compared("w", ours, 0.3)],
     }  # fmt: skip
-    everywhere, won_back = (found for _, found in verdicts.findings(record))
+    (first, everywhere), (second, won_back) = verdicts.findings(record)
+    assert first == beginning + "The setting of M2Rec that validation chooses ranks better than Mamba4Rec."
+    assert second.startswith(beginning + "Where M2Rec (inner) is worse than Mamba4Rec, ")
     assert [(one.dataset, one.verdict) for one in everywhere] == [("l", "not settled"), ("w", "held")]
     assert all("chosen among the 2 of 2 settings" in one.evidence for one in everywhere)
     assert [(one.dataset, one.verdict) for one in won_back] == [("l", "held")]
     assert won_back[0].evidence.index("-0.2000") < won_back[0].evidence.index("+0.0010")
+
+
+def test_claims_of_longer_sequences_say_how_long() -> None:
+    row = {**_found(0.01, 0.02, [0.014, 0.015, 0.016]), "dataset": "d", "metric": "HR@10", "split": "test", "users": 9}
+    record = {
+        "name": "length", "compare_to": "Mamba4Rec", "analysis": {}, "runs": [{"options": {"max_len": 123}}],
+        "comparisons": [{**row, "label": "M2Rec (inner)"}],
+    }  # fmt: skip
+    ((claim, (finding,)),) = verdicts.findings(record)
+    assert claim == (
+        "With 123 positions, trained until validation stops rising, M2Rec (inner) ranks better than Mamba4Rec."
+    )
+    assert finding.verdict == "held"
 
 
 def test_text_is_said_to_matter_where_permuted_rows_are_worse() -> None:

@@ -38,9 +38,9 @@ RULES = f"""\
   what random order gives, **not held** where it lies below, and **not settled** otherwise.
 * Over several data sets a claim is held if it is held on each that was run, not held if it is on each not held, else
   not settled.
-* An interval in brackets is that over users, if nothing else is said. Of other hyper-parameters or of longer training
-  nothing here speaks. No interval is corrected for the number of comparisons: of twenty that show nothing but chance,
-  about one excludes zero."""
+* An interval in brackets is that over users, if nothing else is said. Of other hyper-parameters nothing here speaks,
+  of longer training only what says so. No interval is corrected for the number of comparisons: of twenty that show
+  nothing but chance, about one excludes zero."""
 
 
 @dataclass(frozen=True)

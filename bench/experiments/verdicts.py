@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from bench.experiments import claims, tables
@@ -10,13 +10,15 @@ from bench.experiments.claims import Finding, Verdict
 
 Record = Mapping[str, Any]
 AS_DESCRIBED = ("M2Rec (inner)", "M2Rec (input)")
+TRAINED_OUT = "Trained until validation stops rising"
 
 
 def findings(record: Record) -> list[tuple[str, list[Finding]]]:
     """Each claim with what was found by data set; claims without any finding are left out."""
     made = {
-        "main": _main, "long": _long, "settings": _settings, "gate": _gate, "text": _text, "stride": _stride,
-        "filter": _filter, "periods": _periods, "noise": _noise, "cold_start": _cold_start, "spectrum": _spectrum,
+        "main": _main, "long": _long, "length": _length, "settings": _settings, "long_settings": _long_settings,
+        "gate": _gate, "text": _text, "stride": _stride, "filter": _filter, "periods": _periods, "noise": _noise,
+        "cold_start": _cold_start, "spectrum": _spectrum,
     }.get(record["analysis"].get("kind") or record["name"])  # fmt: skip
     return [(claim, found) for claim, found in made(record) if found] if made else []
 
@@ -39,12 +41,23 @@ def _main(record: Record) -> Iterator[tuple[str, list[Finding]]]:
 
 
 def _long(record: Record) -> Iterator[tuple[str, list[Finding]]]:
-    for label in (AS_DESCRIBED[0], "M2Rec (residual gate)", "residual, no text (control)"):
-        claim = f"Trained until validation stops rising, {label} ranks better than {record['compare_to']}."
+    labels = (AS_DESCRIBED[0], "M2Rec (residual gate)", "residual, no text (control)")
+    yield from _better(record, TRAINED_OUT, labels)
+
+
+def _length(record: Record) -> Iterator[tuple[str, list[Finding]]]:
+    positions = record["runs"][0]["options"]["max_len"]
+    beginning = f"With {positions} positions, t{TRAINED_OUT[1:]}"
+    yield from _better(record, beginning, (*AS_DESCRIBED, "M2Rec (residual gate)"))
+
+
+def _better(record: Record, beginning: str, labels: Sequence[str]) -> Iterator[tuple[str, list[Finding]]]:
+    for label in labels:
+        claim = f"{beginning}, {label} ranks better than {record['compare_to']}."
         yield claim, _compared(record, label, "HR@10", claims.ranks_better)
 
 
-def _settings(record: Record) -> Iterator[tuple[str, list[Finding]]]:
+def _settings(record: Record, beginning: str = "") -> Iterator[tuple[str, list[Finding]]]:
     """The setting that validation chooses, on every data set; and again where M2Rec as described is worse."""
     described, base = AS_DESCRIBED[0], record["compare_to"]
     labels = [label for label in dict.fromkeys(row["label"] for row in record["runs"]) if label != base]
@@ -61,8 +74,13 @@ def _settings(record: Record) -> Iterator[tuple[str, list[Finding]]]:
                 if dataset in lost:
                     before = f"{described}: {claims.evidence(lost[dataset])}; {chosen.label}: {claims.evidence(row)}"
                     won_back.append(Finding(dataset, claims.loses_nothing(row), before))
-    yield f"The setting of M2Rec that validation chooses ranks better than {base}.", everywhere
-    yield f"Where {described} is worse than {base}, the setting that validation chooses loses nothing.", won_back
+    yield beginning + f"The setting of M2Rec that validation chooses ranks better than {base}.", everywhere
+    lost_to = f"Where {described} is worse than {base}, the setting that validation chooses loses nothing."
+    yield beginning + lost_to, won_back
+
+
+def _long_settings(record: Record) -> Iterator[tuple[str, list[Finding]]]:
+    yield from _settings(record, f"{TRAINED_OUT}: ")
 
 
 def _gate(record: Record) -> Iterator[tuple[str, list[Finding]]]:
