@@ -29,10 +29,11 @@ from tests import _runs
 
 
 class Moments:
-    """Counts what happens, and kills this process at the chosen number."""
+    """Counts what happens to a run, and kills this process at the chosen number."""
 
-    def __init__(self, chosen: int | None) -> None:
+    def __init__(self, out: pathlib.Path, chosen: int | None) -> None:
         self.seen: list[str] = []
+        self._place = out.parent
         self._chosen = chosen
 
     def pass_(self, name: str) -> None:
@@ -41,11 +42,12 @@ class Moments:
         self.seen.append(name)
 
     def before(self, owner: Any, attribute: str) -> None:
-        """Make every call of `owner.attribute` a moment, but for those of numba's cache, which is no part of a run."""
+        """Make every call of `owner.attribute` a moment, but for those with a path elsewhere: a compiler's cache."""
         call = getattr(owner, attribute)
 
         def wrapped(*args: Any, **kwargs: Any) -> Any:
-            if not (args and "__pycache__" in str(args[0])):
+            elsewhere = isinstance(args[0], str | os.PathLike) and not pathlib.Path(args[0]).is_relative_to(self._place)
+            if not elsewhere:
                 self.pass_(attribute)
             return call(*args, **kwargs)
 
@@ -80,13 +82,14 @@ class Moments:
 def _child(request: dict[str, Any]) -> dict[str, Any]:
     # A killed process leaves what it wrote to the system: flushing, which is for power cuts, would only take time.
     os.fsync = lambda fd: None
-    moments = Moments(request.get("moment"))
+    out = pathlib.Path(request["out"])
+    moments = Moments(out, request.get("moment"))
     moments.halfway()
     for name in ("mkdir", "fsync", "link", "replace", "unlink", "open"):
         moments.before(os, name)
     moments.before(torch.optim.Adam, "step")
     try:
-        result = _runs.run(pathlib.Path(request["out"]), resume=request.get("resume"), **request["options"])
+        result = _runs.run(out, resume=request.get("resume"), **request["options"])
     except Exception as error:
         return {"error": f"{type(error).__name__}: {error}"}
     return {"steps": result.steps, "moments": moments.seen}

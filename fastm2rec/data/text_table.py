@@ -142,7 +142,7 @@ def _parquet(path: Path) -> tuple[list[ItemId], np.ndarray]:
             column = column.arr.to_list()
         lengths = column.list.len().unique().sort()
     except pl.exceptions.PolarsError as error:
-        raise ValueError(f"expected ids and lists of numbers: {error}") from None
+        raise ValueError(error) from None
     if len(lengths) > 1:
         raise DataError(f"{path}: embedding: expected lists of one length, got {lengths.to_list()}")
     return ids, np.array(column.to_list())
