@@ -59,6 +59,7 @@ def _reference() -> dict[str, Callable[..., Any]]:
 
 
 def _cpu() -> dict[str, Callable[..., Any]]:
+    from .cpu.causal_conv1d import causal_conv1d
     from .cpu.cross_entropy import cross_entropy
     from .cpu.embed_norm import embed_norm
     from .cpu.encode_last import encode_last
@@ -68,6 +69,7 @@ def _cpu() -> dict[str, Callable[..., Any]]:
 
     return {
         **_reference(),
+        "causal_conv1d": causal_conv1d,
         "cross_entropy": cross_entropy,
         "embed_norm": embed_norm,
         "encode_last": encode_last,
