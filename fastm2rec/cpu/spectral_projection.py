@@ -12,8 +12,8 @@ channels, one core) that takes 0.3 of the reference's time with the filter after
 and 0.7 with a basis for each row. With more shifted columns than positions the gain is gone: there, and without a
 convolution or a Linear, it is the reference.
 
-With the filter last and the Fourier basis over all slots there is less to do: see `fourier_kernels.py` and, for the
-products that are left, `product_kernels.py`.
+With the Fourier basis over all slots there is less to do: the products are those of `product_kernels.py`; with the
+filter last the convolution is done on the frequencies (`fourier_kernels.py`), else by the kernel of `causal_conv1d.py`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..basis import row_basis
 from ..reference.spectral_projection import spectral_projection as reference
+from .causal_conv1d import causal_conv1d
 from .fourier_conv import convolved_bins
 from .products import Products, contract, expand, pack
 
@@ -46,12 +47,17 @@ def spectral_projection(
 ) -> Tensor:
     """As `fastm2rec.reference.spectral_projection.spectral_projection`."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    if conv_first and conv_weight is not None and weight is not None:
+    if conv_weight is not None and weight is not None:
         products = fourier_products(basis, conv_weight, dtype)
-        if products is not None:
+        if products is not None and conv_first:
             bins = fourier_bins(products, x, basis, mask, weight, bias, conv_weight, conv_bias)
             y = expand(bins, basis.to(dtype), products)
             return (F.silu(y) if activation == "silu" else y).to(x.dtype)
+        if products is not None:
+            bins = _masked(contract(x.to(dtype), basis.to(dtype), products), mask)
+            h = expand(F.linear(bins, weight.to(dtype)).to(dtype), basis.to(dtype), products)
+            h = h if bias is None else h + bias
+            return causal_conv1d(h.transpose(1, 2), conv_weight, conv_bias, activation).transpose(1, 2).to(x.dtype)
     if conv_weight is None or weight is None or conv_weight.shape[1] * basis.shape[-1] > basis.shape[-2]:
         return reference(
             x, basis, mask, weight, bias,
