@@ -37,7 +37,7 @@ from bench.peers._problem import LENGTHLESS, PHASES, Peer, Problem, Shape
 
 OPS = (
     "spectral_projection", "selective_scan", "last_state", "gated_fusion", "encode_last", "last_scan",
-    "filtered_last_scan", "cross_entropy", "embed_norm",
+    "filtered_last_scan", "cross_entropy", "embed_norm", "causal_conv1d",
 )  # fmt: skip
 COMPILE_SHARE = 0.8  # of the budget, after which nothing more is compiled
 LEAST_SECONDS = 0.5  # of timing for a shape, whatever the budget
@@ -88,6 +88,7 @@ REST = {
         *(Shape("spectral_projection", phase, "float32", 2048, 200, None) for phase in PHASES),
         Shape("gated_fusion", "forward", "float32", 4096, 1, None),
         Shape("encode_last", "forward", "float32", 4096, 200),
+        *(Shape("causal_conv1d", phase, "bfloat16", 2048, 200, None) for phase in PHASES),
     ],
     "cpu": [
         Shape("last_scan", "forward", "float32", 1, 200),
@@ -99,6 +100,7 @@ REST = {
         Shape("filtered_last_scan", "training", "float32", 256, 50),
         Shape("cross_entropy", "training", "float32", 256, 1, None),
         Shape("embed_norm", "training", "float32", 256, 50, None),
+        Shape("causal_conv1d", "training", "float32", 256, 50, None),
     ],
 }
 

@@ -25,8 +25,9 @@ from fastm2rec import ops
 
 CPU = torch.device("cpu")
 CEILINGS = _bounds.Ceilings(special=1e9, operations=1e9, bytes=1e9)
-STATELESS = ("spectral_projection", "gated_fusion", "cross_entropy", "embed_norm")
-ON_A_CPU = {"last_scan", "filtered_last_scan", "cross_entropy", "embed_norm"}  # on CUDA torch, or ops that have rows
+STATELESS = ("spectral_projection", "gated_fusion", "cross_entropy", "embed_norm", "causal_conv1d")
+# Without a target on CUDA: there they are torch's, or are made of ops that have rows, or are a part of one.
+NO_TARGET = {"last_scan", "filtered_last_scan", "cross_entropy", "embed_norm", "causal_conv1d"}
 
 
 def _shape(op: str, phase: str = "forward") -> Shape:
@@ -130,6 +131,10 @@ def test_the_work_of_the_training_ops_by_hand() -> None:
     assert scan.operations == 18 * 2 * (64 + 128) + 2 * 128 * (128 + 4) + 18 * 128 * (2 * (4 + 4) + 2 * 4 + 4 * 4)
     assert scan.special == 18 * 128 * (4 + 3)
     assert scan.bytes == 4 * 18 * 64
+    # E=128: 4 taps for y, dx and dw, a bias and its gradient; x and y, and x, dy and dx.
+    conv = _problem(_shape("causal_conv1d", "training")).work
+    assert conv.operations == 18 * 128 * (3 * 2 * 4 + 2)
+    assert conv.bytes == 4 * 18 * 128 * 5
 
 
 def test_a_loss_over_padding_and_a_wrong_last_position_are_found() -> None:
@@ -232,7 +237,7 @@ def test_the_callbacks_of_cufft_on_the_host(dtype: str, tmp_path: Path) -> None:
 def test_core_shapes_are_those_of_the_targets() -> None:
     core = kernels.CORE["cuda"]
     assert core[0] == Shape("spectral_projection", "forward", "bfloat16", 2048, 200, None)
-    assert {shape.op for shape in core} == set(kernels.OPS) - ON_A_CPU
+    assert {shape.op for shape in core} == set(kernels.OPS) - NO_TARGET
     assert all(shape.dtype == "bfloat16" for shape in core)
     assert len({*core, *kernels.REST["cuda"]}) == len(core) + len(kernels.REST["cuda"])
 
