@@ -21,11 +21,16 @@ pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installe
 
 pytestmark = pytest.mark.benchmark
 
-GPU = ["spectral_projection", "selective_scan", "last_state", "gated_fusion", "encode_last"]
+GPU = ["spectral_projection", "selective_scan", "last_state", "gated_fusion", "encode_last", "causal_conv1d"]
+# Beside the CPU engine, which has kernels for these.
 PLAIN = {
     "spectral_projection": "torch.fft",
     "last_scan": "reference",
-}  # beside the CPU engine, which has kernels for these
+    "filtered_last_scan": "reference",
+    "cross_entropy": "torch",
+    "embed_norm": "reference",
+    "causal_conv1d": "torch conv1d",
+}
 CASES = [
     *(pytest.param(op, "triton", id=f"{op}-triton", marks=pytest.mark.gpu) for op in GPU),
     *(pytest.param(op, impl, id=f"{op}-{impl}") for op in PLAIN for impl in ("cpu", PLAIN[op])),
