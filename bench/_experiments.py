@@ -17,7 +17,7 @@ ORDER = (
 )  # fmt: skip
 TITLES = {
     "main": "Main table",
-    "long": verdicts.TRAINED_OUT,
+    "long": verdicts.TRAINED_OUT.capitalize(),
     "length": "With as many positions as published",
     "settings": "Which setting to choose",
     "long_settings": "Which setting to choose when there is time",

@@ -1,7 +1,7 @@
 """What every test shares: where the real data is, and the tests that this machine cannot run.
 
-From PYTHONPATH, with nothing installed, a file whose imports are not all there is skipped, with their names. Where the
-package is installed its extra `dev` has brought them, and a missing one is an error.
+From PYTHONPATH, with nothing installed, a file whose imports are not all there is skipped, with the name of one that is
+missing. Where the package is installed its extra `dev` has brought them, and a missing one is an error.
 
 Without a CUDA device the kernels run in Triton's interpreter, which must be chosen before anything imports triton.
 """

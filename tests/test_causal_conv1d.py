@@ -44,7 +44,14 @@ def _inputs(batch: int, seqlen: int, dim: int, width: int, device: torch.device,
 @pytest.mark.parametrize("activation", [None, "silu"])
 @pytest.mark.parametrize(
     ("batch", "seqlen", "dim", "width", "bias"),
-    [(2, 50, 128, 4, True), (1, 1, 5, 4, True), (3, 7, 66, 3, False), (1, 63, 16, 2, True), (2, 201, 70, 4, True)],
+    [
+        (2, 50, 128, 4, True),
+        (1, 1, 5, 4, True),
+        (3, 7, 66, 3, False),
+        (1, 63, 16, 2, True),
+        (2, 201, 70, 4, True),
+        (1, 1600, 32, 4, True),
+    ],
 )
 def test_values_and_gradients(
     batch: int, seqlen: int, dim: int, width: int, bias: bool, activation: Any, dtype: torch.dtype, engine: Engine

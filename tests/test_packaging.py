@@ -95,6 +95,24 @@ except ImportError as error:
     assert refused.startswith("polars reading a log needs polars, which is not installed: pip install")
 
 
+@pytest.mark.parametrize("installed", [False, True])
+def test_without_polars_a_test_file_is_skipped_from_pythonpath_alone(installed: bool) -> None:
+    code = f"""
+import importlib.metadata, sys
+import pytest
+sys.modules["polars"] = None  # its import raises ModuleNotFoundError
+if not {installed}:
+    importlib.metadata.distributions = lambda **_: []
+code = pytest.main(["--collect-only", "-qrs", "-p", "no:cacheprovider", "tests/test_log.py", "tests/test_basis.py"])
+print(int(code))
+"""
+    *said, code = _python(code).splitlines()
+    assert ("SKIPPED [1] tests/conftest.py" in "\n".join(said)) is not installed
+    assert (int(code) == pytest.ExitCode.OK) is not installed
+    if not installed:
+        assert any("polars is not installed" in line for line in said)
+
+
 def test_import_loads_nothing_heavy() -> None:
     code = """
 import sys, torch

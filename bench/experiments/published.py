@@ -27,9 +27,10 @@ VALUES = (
 )
 
 _NOTE = """\
-Published test values beside those of this table. They come from other preparations of the data, longer sequences and
-full training, so only their order can be compared. Whether the models here were trained out, the column *still rising*
-says. The check-ins of New York here are a subset of frequent venues and users, with their repeat visits."""
+Published test values beside those of this table. They come from other preparations of the data and other training,
+most of them from longer sequences, so only their order can be compared. Whether the models here were trained out,
+the column *still rising* says. The check-ins of New York here are a subset of frequent venues and users, with their
+repeat visits."""
 
 
 def beside(record: Mapping[str, Any]) -> str:

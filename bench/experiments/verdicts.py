@@ -10,7 +10,7 @@ from bench.experiments.claims import Finding, Verdict
 
 Record = Mapping[str, Any]
 AS_DESCRIBED = ("M2Rec (inner)", "M2Rec (input)")
-TRAINED_OUT = "Trained until validation stops rising"
+TRAINED_OUT = "trained until validation stops rising"
 
 
 def findings(record: Record) -> list[tuple[str, list[Finding]]]:
@@ -42,13 +42,13 @@ def _main(record: Record) -> Iterator[tuple[str, list[Finding]]]:
 
 def _long(record: Record) -> Iterator[tuple[str, list[Finding]]]:
     labels = (AS_DESCRIBED[0], "M2Rec (residual gate)", "residual, no text (control)")
-    yield from _better(record, TRAINED_OUT, labels)
+    yield from _better(record, TRAINED_OUT.capitalize(), labels)
 
 
 def _length(record: Record) -> Iterator[tuple[str, list[Finding]]]:
     positions = record["runs"][0]["options"]["max_len"]
-    beginning = f"With {positions} positions, t{TRAINED_OUT[1:]}"
-    yield from _better(record, beginning, (*AS_DESCRIBED, "M2Rec (residual gate)"))
+    labels = (*AS_DESCRIBED, "M2Rec (residual gate)")
+    yield from _better(record, f"With {positions} positions, {TRAINED_OUT}", labels)
 
 
 def _better(record: Record, beginning: str, labels: Sequence[str]) -> Iterator[tuple[str, list[Finding]]]:
@@ -80,7 +80,7 @@ def _settings(record: Record, beginning: str = "") -> Iterator[tuple[str, list[F
 
 
 def _long_settings(record: Record) -> Iterator[tuple[str, list[Finding]]]:
-    yield from _settings(record, f"{TRAINED_OUT}: ")
+    yield from _settings(record, f"{TRAINED_OUT.capitalize()}: ")
 
 
 def _gate(record: Record) -> Iterator[tuple[str, list[Finding]]]:
