@@ -12,15 +12,18 @@ import importlib.metadata
 import importlib.util
 import os
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from filelock import FileLock
 
 ROOT = Path(__file__).resolve().parents[1]
 OURS = ("fastm2rec", "kernels", "bench", "reference", "tests")
 INSTALLED = any(distribution.name == "fastm2rec" for distribution in importlib.metadata.distributions())
+LARGE_BYTES = 40 << 30
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 if HAS_TRITON and not torch.cuda.is_available():
@@ -57,6 +60,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def device() -> torch.device:
     """Where kernels run: the GPU if there is one, else the CPU, in the interpreter."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.fixture
+def large_tensors() -> Iterator[None]:
+    """One test at a time, over all processes: tensors of more than 2^31 elements take a good part of a GPU's memory."""
+    with FileLock(Path(tempfile.gettempdir()) / "fastm2rec-large-tensors.lock"):
+        free = torch.cuda.mem_get_info()[0]
+        if free < LARGE_BYTES:
+            pytest.skip(f"needs {LARGE_BYTES >> 30} GiB of device memory, {free >> 30} are free")
+        yield
+        torch.cuda.empty_cache()
 
 
 @pytest.fixture

@@ -121,9 +121,17 @@ def test_compile_and_export(engine: Engine) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(("batch", "seqlen", "dim"), [(64, 1024, 128), (2049, 1024, 1025)])
-def test_large_on_a_gpu(batch: int, seqlen: int, dim: int, device: torch.device) -> None:
-    """The second size has more than 2^31 elements: offsets must not be 32-bit numbers."""
+def test_on_a_gpu(device: torch.device) -> None:
+    _check_first_and_last_row(64, 1024, 128, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("large_tensors")
+def test_offsets_beyond_32_bits_on_a_gpu(device: torch.device) -> None:
+    _check_first_and_last_row(2049, 1024, 1025, device)
+
+
+def _check_first_and_last_row(batch: int, seqlen: int, dim: int, device: torch.device) -> None:
     x = torch.randn(batch, seqlen, dim, device=device, dtype=torch.bfloat16).transpose(1, 2)
     weight, bias = torch.randn(dim, 4, device=device), torch.randn(dim, device=device)
     y = ops.causal_conv1d(x, weight, bias, "silu", impl="triton")

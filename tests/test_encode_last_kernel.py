@@ -208,6 +208,7 @@ def test_shipping_sizes_on_a_gpu(
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("large_tensors")
 def test_tables_beyond_32_bit_offsets_on_a_gpu(device: torch.device) -> None:
     folded = fold(build(d_model=64).to(torch.bfloat16).to(device))
     rows = (1 << 31) // 128 + N_ITEMS + 2

@@ -250,6 +250,7 @@ def test_on_a_gpu(gate: str, batch: int, dim: int, device: torch.device) -> None
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("large_tensors")
 def test_a_table_past_32_bit_offsets_on_a_gpu(device: torch.device) -> None:
     """More than 2^31 elements; the last row is read, and its gradient written."""
     n_rows, dim = 2**25 + 3, 64

@@ -383,6 +383,7 @@ def test_on_a_gpu(
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("large_tensors")
 def test_offsets_beyond_int32_on_a_gpu(device: torch.device) -> None:
     """u, its gradient and B's partial sums have more than 2^31 elements; the last rows are checked."""
     batch, dim, seqlen, dstate = 2100, 1024, 1024, 4

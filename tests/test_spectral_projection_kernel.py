@@ -303,6 +303,7 @@ def test_on_a_device(form: str, seqlen: int, dtype: torch.dtype, device: torch.d
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("large_tensors")
 def test_offsets_beyond_32_bits(device: torch.device) -> None:
     batch, seqlen, channels = 2**31 // (200 * 64) + 2, 200, 64
     basis = row_basis(torch.tensor([seqlen], device=device), seqlen, 41, "fourier")[0]
