@@ -18,6 +18,7 @@ MAX_ROWS = 256
 MIN_SLOTS = 16
 # Calls before a capture: they compile the kernels and make the allocations that are made once.
 _WARM_UP = 3
+_capturing = threading.Lock()  # captures of one process must not overlap
 
 
 def bucket(size: int, least: int, most: int) -> int:
@@ -35,7 +36,6 @@ class GraphedEncoder:
     def __init__(self, model: FoldedM2Rec) -> None:
         self._model = model
         self._graphs: dict[tuple[int, int], _Graph] = {}
-        self._lock = threading.Lock()
 
     def encode(self, item_ids: Tensor, lengths: Tensor) -> Tensor:
         """item_ids [B, L <= max_len] and lengths [B], int64 on the CPU and known to be sound, to [B, D] on the GPU."""
@@ -47,7 +47,7 @@ class GraphedEncoder:
         shape = bucket(rows, 1, MAX_ROWS), bucket(slots, MIN_SLOTS, self._model.folded.max_len)
         graph = self._graphs.get(shape)
         if graph is None:
-            with self._lock:  # captures of one process must not overlap
+            with _capturing:
                 graph = self._graphs.get(shape)
                 if graph is None:
                     graph = self._graphs[shape] = _Graph(self._model, *shape)

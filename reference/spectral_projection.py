@@ -21,9 +21,9 @@ from .causal_conv1d import causal_conv1d
 ROUNDING = 1e-9
 
 
-def frequencies(n: int, basis: str = "fourier") -> Tensor:
+def frequencies(n: int, basis: str = "fourier", device: torch.device | None = None) -> Tensor:
     """Cycles per sample of each bin, float64: k / n for k = 0..n//2 (fourier), k / 2n for k = 0..n-1 (dct)."""
-    k = torch.arange(n // 2 + 1 if basis == "fourier" else n, dtype=torch.float64)
+    k = torch.arange(n // 2 + 1 if basis == "fourier" else n, dtype=torch.float64, device=device)
     return k / n if basis == "fourier" else k / (2 * n)
 
 
@@ -72,7 +72,7 @@ def spectral_filter(
 
 def _filter(x: Tensor, theta: float | Tensor, mask: str, tau: float, basis: str) -> Tensor:
     n = x.shape[1]
-    gain = mask_gain(frequencies(n, basis).to(x.device, x.dtype), theta, mask, tau).unsqueeze(1)
+    gain = mask_gain(frequencies(n, basis, x.device).to(x.dtype), theta, mask, tau).unsqueeze(1)
     if basis == "fourier":
         return torch.fft.irfft(torch.fft.rfft(x, dim=1) * gain, n=n, dim=1)
     # The DCT-II of x is the DFT of x followed by its mirror image (times a phase that a real gain commutes with).

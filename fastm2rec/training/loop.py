@@ -207,9 +207,10 @@ class _Training:
         progress.loss_count += targets
         return loss
 
-    def _backward(self, piece: tuple[Tensor, ...], scale: float) -> Tensor:
+    def _backward(self, piece: tuple[Tensor, Tensor, Tensor], scale: float) -> Tensor:
         """Add the gradients of a piece's summed loss times `scale`; that product."""
-        loss = scale * self.objective(*(tensor.to(self.runtime.device, non_blocking=True) for tensor in piece))
+        inputs = Objective.inputs(*piece)
+        loss = scale * self.objective(*map(self.runtime.place, inputs))
         loss.backward()
         return loss.detach().double()
 

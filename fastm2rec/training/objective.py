@@ -37,7 +37,8 @@ class Question(Protocol):
         """Input ids [B, L] right-padded with 0, lengths [B], and targets: [B], or [B, L] with 0 where none is asked."""
 
     def queries(self, model: SequentialRecommender, item_ids: Tensor, lengths: Tensor, asked: Tensor) -> Tensor:
-        """The model's query vectors at the positions that are asked for, [n, D]; `asked` is `targets != 0`."""
+        """The model's query vectors at what is asked for, [n, D]; `asked` [n] are the places of targets that are not 0,
+        counted through all rows."""
 
 
 class Prefixes:
@@ -71,7 +72,7 @@ class AllPositions:
         return inputs.masked_fill(padding, 0), lengths - 1, item_ids[:, 1:]
 
     def queries(self, model: SequentialRecommender, item_ids: Tensor, lengths: Tensor, asked: Tensor) -> Tensor:
-        return model.hidden(item_ids, lengths)[asked]
+        return model.hidden(item_ids, lengths).flatten(0, 1)[asked]
 
 
 class Cloze:
@@ -102,7 +103,7 @@ class Cloze:
         return item_ids.masked_fill(masked, self._mask_token), lengths, item_ids.masked_fill(~masked, 0)
 
     def queries(self, model: SequentialRecommender, item_ids: Tensor, lengths: Tensor, asked: Tensor) -> Tensor:
-        return model.hidden(item_ids, lengths)[asked]
+        return model.hidden(item_ids, lengths).flatten(0, 1)[asked]
 
 
 def make_question(config: RunConfig, model: SequentialRecommender, dataset: SequenceDataset) -> Question:
@@ -147,16 +148,16 @@ class Objective(nn.Module):
         self.question = question
         self._train = config.train
 
-    def forward(self, item_ids: Tensor, lengths: Tensor, targets: Tensor) -> Tensor:
-        """A 0-dim float32 tensor, summed over the targets that are not 0."""
-        asked = targets != 0
+    @staticmethod
+    def inputs(item_ids: Tensor, lengths: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """What `forward` takes, of a question's batch. To be made on the host, which would wait for a GPU to count."""
+        asked = targets.flatten().nonzero().squeeze(1)
+        return item_ids, lengths, asked, targets.flatten()[asked]
+
+    def forward(self, item_ids: Tensor, lengths: Tensor, asked: Tensor, wanted: Tensor) -> Tensor:
+        """A 0-dim float32 tensor, summed over the targets: `asked` as of `Question.queries`, `wanted` [n] the items."""
         with torch.autocast(item_ids.device.type, torch.bfloat16, enabled=self._train.amp == "bf16"):
             queries = self.question.queries(self.model, item_ids, lengths, asked)
             return next_item_loss(
-                queries,
-                self.model.item_weight,
-                targets[asked],
-                self._train.loss,
-                self._train.n_negatives,
-                reduction="sum",
+                queries, self.model.item_weight, wanted, self._train.loss, self._train.n_negatives, reduction="sum"
             )

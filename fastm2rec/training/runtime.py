@@ -63,6 +63,12 @@ class Runtime:
         """This process's part of a batch."""
         return indices[self.rank :: self.processes]
 
+    def place(self, tensor: Tensor) -> Tensor:
+        """A tensor of the host on the device. A GPU fetches it when it comes to that; nobody waits."""
+        # From memory that is not pinned a copy waits for all that is queued.
+        tensor = tensor.pin_memory() if self.device.type == "cuda" else tensor
+        return tensor.to(self.device, non_blocking=True)
+
     def wrap(self, module: nn.Module) -> nn.Module:
         """`module` on the device, such that gradients are averaged over the processes in `backward`."""
         module.to(self.device)
