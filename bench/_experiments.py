@@ -12,12 +12,13 @@ from bench.experiments.verdicts import AS_DESCRIBED
 
 Record = Mapping[str, Any]
 ORDER = (
-    "main", "long", "length", "settings", "long_settings", "gate", "text", "filter", "stride", "noise", "cold_start",
-    "spectrum", "periods", "dynamics",
+    "main", "long", "longer", "length", "settings", "long_settings", "gate", "text", "filter", "stride", "noise",
+    "cold_start", "spectrum", "periods", "dynamics",
 )  # fmt: skip
 TITLES = {
     "main": "Main table",
     "long": verdicts.TRAINED_OUT.capitalize(),
+    "longer": verdicts.TRAINED_ON.capitalize(),
     "length": "With as many positions as published",
     "settings": "Which setting to choose",
     "long_settings": "Which setting to choose when there is time",
@@ -31,7 +32,7 @@ TITLES = {
     "periods": "Known periods",
     "dynamics": "What gate and filter learn",
 }
-PUBLISHED = ("main", "long", "length")  # have published values beside them
+PUBLISHED = ("main", "long", "longer", "length")  # have published values beside them
 WITH_DIFFERENCES = (*PUBLISHED, "settings", "long_settings", "gate", "text", "stride")  # a figure of them
 BEFORE = {"text": "python bench/experiments/text_tables.py --data DIR\n"}  # what an experiment needs first
 
