@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ._topk import top_k
+from ._values import readable
 from .config import BERT4RecConfig, GRU4RecConfig, M2RecConfig, SASRecConfig
 from .storage import PathLike, StorageError, load_tensors, read_json, save_tensors, write_json
 from .vocab import ItemId, Unknown, Vocabulary
@@ -94,7 +95,7 @@ class SequentialRecommender(nn.Module):
     def check_batch(self, item_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """The batch as int64, or an error that names what is wrong with it.
 
-        Values are read on the CPU only, and not inside a compiled graph: reading them would stop a GPU's queue.
+        Values are read as `_values` says: not on a GPU, if FASTM2REC_CHECK is not set.
 
         Raises:
             TypeError: ids or lengths that are not integers.
@@ -106,13 +107,14 @@ class SequentialRecommender(nn.Module):
         if item_ids.dim() != 2 or not 1 <= item_ids.shape[1] <= self.max_len:
             raise ValueError(f"item_ids: expected shape [B, 1..{self.max_len}], got {list(item_ids.shape)}")
         check_lengths(lengths, *item_ids.shape)
-        if not (item_ids.is_cuda or torch.compiler.is_compiling()) and item_ids.numel():
+        if item_ids.numel() and readable(item_ids):
             low, high = (int(value) for value in torch.aminmax(item_ids))
             if low < 0 or high > self.n_items:
                 raise ValueError(
                     f"item_ids: expected ids from 1 to {self.n_items} (0 is padding), got {low if low < 0 else high}"
                 )
-            real = torch.arange(item_ids.shape[1]) < lengths.unsqueeze(1)
+            slots = torch.arange(item_ids.shape[1], device=item_ids.device)
+            real = slots < lengths.to(item_ids.device).unsqueeze(1)
             if low == 0 and not item_ids[real].all():
                 row = int((real & (item_ids == 0)).any(dim=1).nonzero()[0])
                 raise ValueError(
@@ -299,13 +301,13 @@ def check_lengths(lengths: Tensor, batch: int, seqlen: int) -> None:
 
     Raises:
         TypeError: not integers.
-        ValueError: not `batch` of them, or (on the CPU, outside compiled graphs) a value outside 1..seqlen.
+        ValueError: not `batch` of them, or (where it may be read) a value outside 1..seqlen.
     """
     if lengths.is_floating_point() or lengths.dtype == torch.bool:
         raise TypeError(f"lengths: expected integers, got {lengths.dtype}")
     if lengths.shape != (batch,):
         raise ValueError(f"lengths: expected shape [{batch}], got {list(lengths.shape)}")
-    if batch and not (lengths.is_cuda or torch.compiler.is_compiling()):
+    if batch and readable(lengths):
         low, high = (int(value) for value in torch.aminmax(lengths))
         if low < 1 or high > seqlen:
             raise ValueError(f"lengths: expected values from 1 to {seqlen}, got {low if low < 1 else high}")

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import ops
+from ._values import readable
 from .base import SequentialRecommender, check_lengths
 from .config import M2RecConfig
 from .mamba import Mamba
@@ -172,7 +173,7 @@ class M2RecEncoder(nn.Module):
                     f"key_padding_mask: expected shape [{batch}, {seqlen}], got {list(key_padding_mask.shape)}"
                 )
             lengths = (~key_padding_mask).sum(dim=1)
-            if not (x.is_cuda or torch.compiler.is_compiling()):
+            if readable(x):
                 slot = torch.arange(seqlen, device=x.device)
                 expected = (
                     slot >= lengths.unsqueeze(1) if padding_side == "right" else slot < (seqlen - lengths)[:, None]

@@ -28,6 +28,7 @@ from .storage import PathLike
 from .vocab import Unknown, Vocabulary
 
 if TYPE_CHECKING:
+    from ._graphs import GraphedEncoder
     from .ann import ItemIndex
 
 Empty: TypeAlias = Literal["error", "popular"]
@@ -99,14 +100,19 @@ class Recommender:
         self.popularity: Tensor | None = model.popularity
         self.item_weight = weight.to(self.device, torch.promote_types(dtype, torch.float32), copy=True)
         self._encode: Callable[[Tensor, Tensor], Tensor]
-        self._encode_sound: Callable[[Tensor, Tensor], Tensor]
+        self._encode_sound: Callable[[Tensor, Tensor], Tensor]  # without checks, which would take as long as the work
+        self._graphs: GraphedEncoder | None = None
         if isinstance(model, M2Rec):
             impl = model.impl if impl == AUTO else impl
         if isinstance(model, M2Rec) and model.config.n_layers == 1:
             self.impl = chosen("encode_last", impl, self.device)
             folded = FoldedM2Rec(model, impl=self.impl).to(self.device, dtype)
             self._encode = folded.encode
-            self._encode_sound = _unchecked(folded)
+            self._encode_sound = partial(resolve("encode_last", self.impl, self.device), folded=folded.folded)
+            if self.device.type == "cuda" and self.impl != "reference":
+                from ._graphs import GraphedEncoder
+
+                self._graphs = GraphedEncoder(folded)
         else:
             self.impl = _own_implementation(model, impl, self.device)
             frozen = copy.deepcopy(model).to(self.device, dtype).requires_grad_(False).eval()
@@ -243,7 +249,10 @@ class Recommender:
         recent = [row[-self.max_len :] for row in dense]
         longest = max(map(len, recent))
         item_ids = _integers(chain.from_iterable(row + [0] * (longest - len(row)) for row in recent))
-        return self._encode_sound(item_ids.view(-1, longest), _integers(map(len, recent)))
+        item_ids, lengths = item_ids.view(-1, longest), _integers(map(len, recent))
+        if self._graphs is not None:  # they fetch their input themselves
+            return self._graphs.encode(item_ids, lengths)
+        return self._encode_sound(item_ids.to(self.device), lengths.to(self.device))
 
     def _most_popular(self, k: int) -> list[Recommendation]:
         assert self._popular is not None
@@ -259,15 +268,6 @@ class Recommender:
 def _integers(values: Iterable[int]) -> Tensor:
     """A 1-dim int64 tensor, several times as fast as `torch.tensor` of a list."""
     return torch.frombuffer(array("q", values), dtype=torch.int64)
-
-
-def _unchecked(model: FoldedM2Rec) -> Callable[[Tensor, Tensor], Tensor]:
-    """`model.encode` of ids and lengths on the CPU that need no check: it would take as long as the work."""
-    if model.folded.device.type == "cuda":
-        from ._graphs import GraphedEncoder
-
-        return GraphedEncoder(model).encode
-    return partial(resolve("encode_last", model.impl, model.folded.device), folded=model.folded)
 
 
 def _own_implementation(model: nn.Module, impl: str, device: torch.device) -> str:

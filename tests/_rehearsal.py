@@ -133,11 +133,20 @@ class _Context:
         pass
 
 
+class WaitError(RuntimeError):
+    """The host reads what a GPU has to compute first."""
+
+
+_READS = (Tensor.__bool__, Tensor.__int__, Tensor.__float__, Tensor.item, Tensor.tolist)
+
+
 class _WithoutGuards(TorchFunctionMode):
     """Some methods select the tensor's device first, which needs a driver; here they are made of others."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if args and isinstance(args[0], FakeTensor) and args[0].device == DEVICE:
+            if func in _READS:
+                raise WaitError(func.__name__)
             if func is Tensor.contiguous:
                 return args[0] if args[0].is_contiguous() else args[0].clone(memory_format=torch.contiguous_format)
             if func is Tensor.__invert__:
@@ -188,6 +197,7 @@ def _patched(rehearsal: Rehearsal) -> Iterator[None]:
         patch.setattr(torch.cuda, "current_device", lambda: 0)
         patch.setattr(torch.cuda, "device_count", lambda: 1)
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         patch.setattr(fake_tensor, "init_gpu_context", lambda _: None)
         yield
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastm2rec import M2Rec, M2RecConfig
+from fastm2rec import M2Rec, M2RecConfig, Recommender, recommender
 from fastm2rec.base import SequentialRecommender, build_model
 from fastm2rec.folded import FoldedM2Rec
 from fastm2rec.losses import next_item_loss
@@ -21,7 +21,7 @@ from fastm2rec.reference.m2rec import M2Rec as ReferenceM2Rec
 from fastm2rec.training.inputs import make_model
 from fastm2rec.training.objective import Objective, make_question
 from tests import _runs
-from tests._rehearsal import DEVICE, Rehearsal, rehearsal
+from tests._rehearsal import DEVICE, Rehearsal, WaitError, rehearsal
 
 pytest.importorskip("triton")
 if torch.cuda.is_available():
@@ -144,14 +144,36 @@ def test_a_step_of_training(name: str, options: dict[str, Any], gpu: Rehearsal) 
     assert not gpu.copies
 
 
+def test_a_model_that_is_not_folded_answers_on_a_gpu(gpu: Rehearsal, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Recommender(build_model("sasrec", {"n_items": N_ITEMS, "max_len": 24}))
+    gpu.module(made._encode_sound.__self__)  # type: ignore[attr-defined]
+    made.device = DEVICE
+    monkeypatch.setattr(recommender, "_integers", lambda values: torch.ones(len(list(values)), dtype=torch.int64))
+    assert gpu.run(lambda: made._encode_rows([[1, 2], [3]])).device == DEVICE
+    assert len(gpu.copies) == 2  # ids and lengths
+
+
+def test_values_are_read_where_that_is_asked_for(gpu: Rehearsal, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = gpu.module(model_of({}))
+    gpu.run(lambda: model(*batch(3, 24)[:2]))
+    monkeypatch.setenv("FASTM2REC_CHECK", "1")
+    with pytest.raises(WaitError):
+        gpu.run(lambda: model(*batch(3, 24)[:2]))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    gpu.run(lambda: model(*batch(3, 24)[:2]))
+
+
 def test_it_sees(gpu: Rehearsal) -> None:
     """What it is there to find is found."""
     here = torch.ones(3)
     there = gpu.tensor(here)
     with pytest.raises(RuntimeError, match="device"):
         gpu.run(lambda: there + torch.ones(3))
+    for read in (bool, int, float, Tensor.item, Tensor.tolist):
+        with pytest.raises(WaitError):
+            gpu.run(lambda read=read: read(there.sum()))  # type: ignore[misc]
     with pytest.raises(Exception, match="_local_scalar_dense"):
-        gpu.run(lambda: torch.arange(torch.ops.aten._local_scalar_dense(there.sum())))
+        gpu.run(lambda: torch.ops.aten._local_scalar_dense(there.sum()))
     with pytest.raises(Exception, match="nonzero"):
         gpu.run(lambda: torch.ops.aten.nonzero(there))
     assert not gpu.copies

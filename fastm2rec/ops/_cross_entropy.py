@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from .._values import readable
 from ..impl import AUTO, resolve
 from ._checks import expect_alike, expect_shape
 
@@ -32,8 +33,8 @@ def cross_entropy(
         A 0-dim tensor, dtype of query.
 
     Raises:
-        TypeError, ValueError: a tensor of the wrong dtype, device or shape, a target out of range (checked on the CPU,
-            outside compiled graphs), no item, or an unknown reduction.
+        TypeError, ValueError: a tensor of the wrong dtype, device or shape, a target out of range (checked where
+            `fastm2rec._values` lets it be read), no item, or an unknown reduction.
         ImplementationError: `impl` cannot run here.
     """
     expect_alike("query", query, {"weight": weight})
@@ -49,7 +50,7 @@ def cross_entropy(
         raise TypeError(f"targets: expected int64 on {query.device}, got {targets.dtype} on {targets.device}")
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
-    if query.device.type == "cpu" and len(query) and not torch.compiler.is_compiling():
+    if len(query) and readable(targets):
         low, high = torch.aminmax(targets)
         if low < 1 or high >= len(weight):
             raise ValueError(f"targets: expected items from 1 to {len(weight) - 1}, got {int(low)} to {int(high)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._values import readable
 from ..impl import AUTO, resolve
 from ._checks import expect_alike, expect_lengths, expect_shape
 
@@ -48,7 +49,7 @@ def embed_norm(
     if item_ids.dtype != torch.int64 or item_ids.device != table.device:
         raise TypeError(f"item_ids: expected int64 on {table.device}, got {item_ids.dtype} on {item_ids.device}")
     expect_lengths(lengths, sizes["B"], sizes["L"], table)
-    if table.device.type == "cpu" and item_ids.numel() and not torch.compiler.is_compiling():
+    if item_ids.numel() and readable(item_ids):
         low, high = torch.aminmax(item_ids)
         if low < 0 or high >= sizes["V"]:
             raise ValueError(f"item_ids: expected 0 to {sizes['V'] - 1}, got {int(low)} to {int(high)}")

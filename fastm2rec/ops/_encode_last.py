@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .._values import readable
 from ..impl import AUTO, resolve
 from ._checks import expect_lengths
 
@@ -28,8 +29,8 @@ def encode_last(item_ids: Tensor, lengths: Tensor, folded: Folded, *, impl: str 
         [B, D], dtype of the folded weights. It has no gradient.
 
     Raises:
-        TypeError, ValueError: a tensor of the wrong dtype, device or shape, or values out of range (values are checked
-            on the CPU, outside compiled graphs).
+        TypeError, ValueError: a tensor of the wrong dtype, device or shape, or values out of range (which are read as
+            `_values` says).
         RuntimeError: folded weights that require a gradient, under grad mode.
         ImplementationError: `impl` cannot run here.
     """
@@ -42,7 +43,7 @@ def encode_last(item_ids: Tensor, lengths: Tensor, folded: Folded, *, impl: str 
     expect_lengths(lengths, item_ids.shape[0], item_ids.shape[1], item_ids)
     if torch.is_grad_enabled() and folded.requires_grad:
         raise RuntimeError("encode_last is for inference and has no gradient; train with M2Rec.encode")
-    if not (item_ids.is_cuda or torch.compiler.is_compiling()) and item_ids.numel():
+    if item_ids.numel() and readable(item_ids):
         low, high = torch.aminmax(item_ids)
         if low < 1 or high > folded.n_items:  # what stands in the padding may be anything
             real = torch.arange(item_ids.shape[1], device=item_ids.device) < lengths.unsqueeze(1)

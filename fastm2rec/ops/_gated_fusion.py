@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._values import readable
 from ..impl import AUTO, resolve
 from ._checks import expect_alike, expect_shape
 
@@ -50,7 +51,7 @@ def gated_fusion(
 
     Raises:
         TypeError, ValueError: a tensor of the wrong dtype, device or shape, gates that contradict each other, or ids
-            out of range (the values are checked on the CPU, outside compiled graphs; Triton's kernel takes the
+            out of range (the values are checked where `fastm2rec._values` lets them be read; Triton's kernel takes the
             nearest row otherwise).
         ImplementationError: `impl` cannot run here.
     """
@@ -103,7 +104,7 @@ def _expect_ids(ids: Tensor, batch: int, n_rows: int, like: Tensor) -> None:
         raise ValueError(f"ids: expected device {like.device}, got {ids.device}")
     if n_rows == 0 and batch > 0:
         raise ValueError("text: expected at least one row for ids, got none")
-    if ids.is_cuda or torch.compiler.is_compiling() or batch == 0:  # as for lengths
+    if batch == 0 or not readable(ids):
         return
     low, high = torch.aminmax(ids)
     if low < 0 or high >= n_rows:

@@ -58,8 +58,8 @@ def last_state(
 
     Raises:
         TypeError, ValueError: a tensor of the wrong dtype, device or shape, a seqlen of 0, or lengths out of range (the
-            values are checked on the CPU, outside compiled graphs); an unknown word for `exponentials`; nodes of
-            another shape or device, missing, or whose error exceeds their tolerance; fewer splits than 1.
+            values are checked where `fastm2rec._values` lets them be read); an unknown word for `exponentials`; nodes
+            of another shape or device, missing, or whose error exceeds their tolerance; fewer splits than 1.
         ImplementationError: `impl` cannot run here.
     """
     expect_alike("u", u, {"delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._values import readable
 from ..impl import AUTO, resolve
 from ._checks import expect_alike, expect_shape
 
@@ -52,7 +53,7 @@ def selective_scan(
 
     Raises:
         TypeError, ValueError: a tensor of the wrong dtype, device or shape, a seqlen of 0, or wrong cu_seqlens (the
-            values are checked on the CPU, outside compiled graphs). The Triton kernels take dstate up to 256.
+            values are checked where `fastm2rec._values` lets them be read). The Triton kernels take dstate up to 256.
         ImplementationError: `impl` cannot run here.
 
     Source: arXiv 2312.00752 Algorithm 2.
@@ -92,7 +93,7 @@ def _expect_cu_seqlens(cu_seqlens: Tensor, batch: int, seqlen: int, like: Tensor
         raise ValueError(f"cu_seqlens: expected a batch of 1 that holds all sequences, got {batch} rows")
     if cu_seqlens.device != like.device:
         raise ValueError(f"cu_seqlens: expected device {like.device}, got {cu_seqlens.device}")
-    if cu_seqlens.is_cuda or torch.compiler.is_compiling():  # as for lengths
+    if not readable(cu_seqlens):
         return
     first, last = int(cu_seqlens[0]), int(cu_seqlens[-1])
     if first != 0 or last != seqlen:
