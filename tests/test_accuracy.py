@@ -412,6 +412,7 @@ def test_analyses_run_on_trained_models_and_are_reported(done: Path, tmp_path: P
         ("cold_start", "{kind: cold_start, history: [5, 60], events: [0, 5]}"),
         ("spectrum", "{kind: spectrum, length: 8, cycle: 7}"),
         ("dynamics", "{kind: dynamics}"),
+        ("ties", "{kind: ties, users: {synthetic: 9}}"),
     ):
         file = _write(tmp_path, TINY + f"analysis: {analysis}", name)
         arguments = ["--work", str(done / "work"), "--out", str(tmp_path), "--threads", "1", "--budget-minutes", "0"]
@@ -420,6 +421,9 @@ def test_analyses_run_on_trained_models_and_are_reported(done: Path, tmp_path: P
     text = _experiments.render(records, tmp_path)
     assert "**The slowest peak in the spectrum of a cycle is at 1 / period.** Held." in text
     assert {path.name for path in tmp_path.glob("*.png")} == {"spectrum.png", "dynamics.png"}
+    split = next(record for record in records if record["name"] == "ties")["analysis"]["rows"]
+    assert {row["group"] for row in split} == {"that of the one before", "later", "below 9", "from 9 on"}
+    assert {row["users"] for row in split if row["group"] == "that of the one before"} == {0}  # a step is a second
     clean = {
         row["label"]: row["NDCG@10"]
         for record in records

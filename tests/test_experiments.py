@@ -1,5 +1,5 @@
 """The experiments' own computations, each beside one by other means: GRU4Rec, what a run logs, the bootstrap, noise,
-cold start and spectra."""
+cold start, ties and spectra."""
 
 from __future__ import annotations
 
@@ -12,11 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.experiments import bootstrap, claims, cold_start, noise, ranks, spectrum, text_tables
+from bench.experiments import bootstrap, claims, cold_start, noise, ranks, spectrum, text_tables, ties
 from fastm2rec import GRU4RecConfig, M2Rec, SequentialRecommender, build_model
-from fastm2rec.data import load_dataset, load_text_table
+from fastm2rec.data import SequenceDataset, load_dataset, load_text_table, read_log
 from fastm2rec.text import load_encoder
 from fastm2rec.training import RunFolder
+from fastm2rec.training.config import DataConfig
 from tests import _runs
 from tests._encoders import small_model
 
@@ -282,3 +283,16 @@ def test_text_tables_of_a_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     before = {path: path.stat().st_mtime_ns for path in files.values()}
     assert text_tables.main(arguments) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before, "made once"
+
+
+def test_ties_are_events_of_one_user_and_time(tmp_path: Path) -> None:
+    """In the order of the sequences, which is not that of the file."""
+    lines = ["b,1,7", "a,1,5", "b,2,7", "a,2,5", "a,3,9", "a,4,5", "b,3,8", "b,4,8"]
+    (tmp_path / "log.csv").write_text("user,item,timestamp\n" + "\n".join(lines))
+    config = DataConfig(dataset="table", data=str(tmp_path / "log.csv"), user_min=0, item_min=0)
+    found = ties.tied(config)
+    assert found is not None
+    # b: items 1 and 2 at 7, 3 and 4 at 8; a: items 1, 2 and 4 at 5, 3 at 9.
+    assert found.tolist() == [False, True, False, True, False, True, True, False]
+    SequenceDataset.from_log(read_log(tmp_path / "log.csv", "table")).save(tmp_path / "prepared")
+    assert ties.tied(DataConfig(dataset="prepared", data=str(tmp_path / "prepared"))) is None

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from bench.experiments import cold_start, dynamics, noise, spectrum
+from bench.experiments import cold_start, dynamics, noise, spectrum, ties
 from bench.experiments.execute import Store
 from bench.experiments.plan import Experiment
 
-_MODULES = {"noise": noise, "cold_start": cold_start, "spectrum": spectrum, "dynamics": dynamics}
+_MODULES = {"noise": noise, "cold_start": cold_start, "spectrum": spectrum, "dynamics": dynamics, "ties": ties}
 
 
 def analyse(plan: Experiment, store: Store) -> dict[str, Any]:

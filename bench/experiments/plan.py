@@ -38,7 +38,7 @@ _PLACE = ("data", "threads", "checkpoint_every", "tensorboard", "device", "eval_
 TEXT_FOLDER = "text"  # of the text tables, in the work folder
 _NO_FILE = ("auto", "none")
 
-ANALYSES = ("noise", "cold_start", "spectrum", "dynamics")
+ANALYSES = ("noise", "cold_start", "spectrum", "dynamics", "ties")
 
 
 def text_table(folder: Path, dataset: str, name: str) -> Path:

@@ -177,3 +177,30 @@ def cold_start(analysis: Mapping[str, Any], by: Sequence[str]) -> str:
             cells.append(f"{statistics.fmean(row['NDCG@10'] for row in scored):.4f}, median rank {rank:,.0f}")
         rows.append([dataset, kind, group, f"{users:,}", _span(seeds), *cells])
     return markdown(["data set", "by", "group", "users", "seeds", *labels], rows, left=3)
+
+
+def ties(analysis: Mapping[str, Any]) -> str:
+    """How many events have the time of the one before them; then HR@10 and NDCG@10 of each group of test users, a
+    column a model, the mean over seeds."""
+    data = [
+        [name, f"{facts['events']:,}", f"{facts['tied']:.1%}", f"{facts['tests_tied']:.1%}"]
+        for name, facts in analysis["data"].items()
+    ]
+    labels = list(dict.fromkeys(row["label"] for row in analysis["rows"]))
+    rows = []
+    for dataset, by, group in dict.fromkeys((row["dataset"], row["by"], row["group"]) for row in analysis["rows"]):
+        own = [row for row in analysis["rows"] if (row["dataset"], row["by"], row["group"]) == (dataset, by, group)]
+        at = [[row for row in own if row["label"] == label] for label in labels]
+        cells = [
+            " / ".join(f"{statistics.fmean(row[name] for row in some):.4f}" for name in ("HR@10", "NDCG@10"))
+            if some and own[0]["users"]
+            else ""
+            for some in at
+        ]
+        rows.append([dataset, by, group, f"{own[0]['users']:,}", _span([len(some) for some in at if some]), *cells])
+    return "\n\n".join(
+        (
+            markdown(["data set", "events", "with the time of the one before", "of the test events"], data),
+            markdown(["data set", "by", "group", "users", "seeds", *labels], rows, left=3),
+        )
+    )

@@ -67,6 +67,7 @@ class Loaded:
         text: embeddings in the order of the vocabulary.
         text_source: where they came from.
         items: the item table, as `read_items` gives it, also of items that no event has; None if there was none.
+        log: the events behind the sequences, as `read_log` gives them; None for a prepared data set.
     """
 
     dataset: SequenceDataset
@@ -74,6 +75,7 @@ class Loaded:
     text: AlignedText | None = None
     text_source: str | None = None
     items: pl.DataFrame | None = None
+    log: pl.DataFrame | None = None
 
 
 def load_dataset(
@@ -102,13 +104,14 @@ def load_dataset(
         raise DataError(f"dataset: expected one of {', '.join(NAMES)}, got {name!r}")
     if name == "synthetic":
         made = synthetic(**options)
-        dataset = SequenceDataset.from_log(_core(made.log, user_min, item_min), made.items)
+        log = _core(made.log, user_min, item_min)
+        dataset = SequenceDataset.from_log(log, made.items)
         if text in ("auto", "none"):
             own = align(TextTable(made.items["item"].to_list(), made.text[1:]), dataset.vocab)
             table, origin = (own, "synthetic") if text == "auto" else (None, None)
         else:
             table, origin = _text(text, None, dataset)
-        return Loaded(dataset, (), table, origin, made.items)
+        return Loaded(dataset, (), table, origin, made.items, log)
     if folder is None:
         raise DataError(f"data: expected the folder of {name}, got none")
     folder = Path(folder)
@@ -121,7 +124,7 @@ def load_dataset(
     log_file = folder if folder.is_file() else _find(folder, source.log_files, name)
     if log_file is None:
         raise DataError(f"{folder}: no file of {name}; looked for {', '.join(source.log_files)}")
-    log = read_log(log_file, source.log_format, **options)
+    log = _core(read_log(log_file, source.log_format, **options), user_min, item_min)
     files = [log_file]
     items = None
     if source.item_format is not None and folder.is_dir():
@@ -129,9 +132,9 @@ def load_dataset(
         if item_file is not None:
             items = read_items(item_file, source.item_format)
             files.append(item_file)
-    dataset = SequenceDataset.from_log(_core(log, user_min, item_min), items)
+    dataset = SequenceDataset.from_log(log, items)
     place = folder if folder.is_dir() else folder.parent
-    return Loaded(dataset, tuple(dict.fromkeys(map(str, files))), *_text(text, place, dataset), items)
+    return Loaded(dataset, tuple(dict.fromkeys(map(str, files))), *_text(text, place, dataset), items, log)
 
 
 def _core(log: pl.DataFrame, user_min: int, item_min: int) -> pl.DataFrame:
