@@ -93,10 +93,7 @@ items."""
 TIES = """\
 HR@10 / NDCG@10 on the test items, the mean over seeds. On MovieLens a whole page of ratings has one second: a test item
 that shares its second with the event before it is guessed far more often than one that came later. So a result on such
-data is one for a rule of ties, and the rule here is the order of the file. The copy of MovieLens 1M that was read is
-not GroupLens' file to the byte: the times of a fifth of its events, all of users 3000 and above, were filled in between
-those of their neighbours, so the pages of these users are partly lost, and with them some of what can be learned. Of
-users below 3000 every time is genuine. Published results come from files that are genuine throughout."""
+data is one for a rule of ties, and the rule here is the order of the file."""
 
 
 def render(records: Sequence[Record], out: Path) -> str:
