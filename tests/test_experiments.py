@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench.experiments import bootstrap, claims, cold_start, noise, ranks, spectrum, text_tables, ties
+from bench.experiments import bootstrap, claims, cold_start, noise, ranks, spectrum, tables, text_tables, ties
 from fastm2rec import GRU4RecConfig, M2Rec, SequentialRecommender, build_model
 from fastm2rec.data import SequenceDataset, load_dataset, load_text_table, read_log
 from fastm2rec.text import load_encoder
@@ -296,3 +296,10 @@ def test_ties_are_events_of_one_user_and_time(tmp_path: Path) -> None:
     assert found.tolist() == [False, True, False, True, False, True, True, False]
     SequenceDataset.from_log(read_log(tmp_path / "log.csv", "table")).save(tmp_path / "prepared")
     assert ties.tied(DataConfig(dataset="prepared", data=str(tmp_path / "prepared"))) is None
+
+
+def test_what_is_known_about_the_data_is_said_beside_its_sizes() -> None:
+    facts = {"users": 6040, "items": 3416, "events": 999_611, "median_length": 96}
+    start, note = next(iter(tables.NOTES.items()))
+    assert note in tables.datasets([{"data": {"ml-1m": {**facts, "fingerprint": start + "611326feddd0"}}}])
+    assert note not in tables.datasets([{"data": {"ml-1m": {**facts, "fingerprint": "0" * 24}}}])
