@@ -12,13 +12,14 @@ from bench.experiments.verdicts import AS_DESCRIBED
 
 Record = Mapping[str, Any]
 ORDER = (
-    "main", "long", "longer", "length", "settings", "long_settings", "gate", "text", "filter", "stride", "noise",
+    "main", "long", "longer", "genuine", "length", "settings", "long_settings", "gate", "text", "filter", "stride", "noise",
     "cold_start", "ties", "spectrum", "periods", "dynamics",
 )  # fmt: skip
 TITLES = {
     "main": "Main table",
     "long": verdicts.TRAINED_OUT.capitalize(),
     "longer": verdicts.TRAINED_ON.capitalize(),
+    "genuine": "With genuine times alone",
     "length": "With as many positions as published",
     "settings": "Which setting to choose",
     "long_settings": "Which setting to choose when there is time",
@@ -34,7 +35,7 @@ TITLES = {
     "dynamics": "What gate and filter learn",
 }
 PUBLISHED = ("main", "long", "longer", "length")  # have published values beside them
-WITH_DIFFERENCES = (*PUBLISHED, "settings", "long_settings", "gate", "text", "stride")  # a figure of them
+WITH_DIFFERENCES = (*PUBLISHED, "genuine", "settings", "long_settings", "gate", "text", "stride")  # a figure of them
 BEFORE = {"text": "python bench/experiments/text_tables.py --data DIR\n"}  # what an experiment needs first
 
 HEAD = """\
