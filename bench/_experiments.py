@@ -12,8 +12,8 @@ from bench.experiments.verdicts import AS_DESCRIBED
 
 Record = Mapping[str, Any]
 ORDER = (
-    "main", "long", "longer", "genuine", "length", "settings", "long_settings", "gate", "text", "filter", "stride", "noise",
-    "cold_start", "ties", "spectrum", "periods", "dynamics",
+    "main", "long", "longer", "genuine", "length", "settings", "long_settings", "gate", "text", "filter", "stride",
+    "noise", "cold_start", "ties", "spectrum", "periods", "dynamics",
 )  # fmt: skip
 TITLES = {
     "main": "Main table",

@@ -31,6 +31,7 @@ Published test values beside those of this table. They come from other preparati
 most of them from longer sequences, so only their order can be compared. Whether the models here were trained out,
 the column *still rising* says. The check-ins of New York here are a subset of frequent venues and users, with their
 repeat visits."""
+_OF_DATA = " What the top of this page says of a copy of the data bears on this comparison, too."
 
 
 def beside(record: Mapping[str, Any]) -> str:
@@ -42,4 +43,5 @@ def beside(record: Mapping[str, Any]) -> str:
             here = [f"{statistics.fmean(test[name] for test in own):.4f}" for name in ("HR@10", "NDCG@10")]
             rows.append([dataset, label, hits, gain, *here, source])
     header = ["data set", "model", "published HR@10", "NDCG@10", "HR@10 here", "NDCG@10 here", "source"]
-    return f"{_NOTE}\n\n{tables.markdown(header, rows, left=2)}" if rows else ""
+    note = _NOTE + (_OF_DATA if tables.notes(record.get("data", {})) else "")
+    return f"{note}\n\n{tables.markdown(header, rows, left=2)}" if rows else ""

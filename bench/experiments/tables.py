@@ -107,10 +107,12 @@ def datasets(records: Sequence[Mapping[str, Any]]) -> str:
         for name, facts in known.items()
     ]  # fmt: skip
     header = ["data set", "users", "items", "events", "median events of a user", "fingerprint"]
-    notes = [
-        note for facts in known.values() for start, note in NOTES.items() if facts["fingerprint"].startswith(start)
-    ]
-    return "\n\n".join([markdown(header, rows), *notes]) if rows else ""
+    return "\n\n".join([markdown(header, rows), *notes(known)]) if rows else ""
+
+
+def notes(data: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """What is to be known about these data sets, by name."""
+    return [note for facts in data.values() for start, note in NOTES.items() if facts["fingerprint"].startswith(start)]
 
 
 def origins(record: Mapping[str, Any]) -> str:
