@@ -91,10 +91,11 @@ def _difference(found: Mapping[str, Any] | None) -> list[str]:
 # What is to be known about data with such a fingerprint.
 NOTES = {
     "ed8a7f5d32c6": """\
-This copy of MovieLens 1M is not GroupLens' file to the byte. Users, items, ratings and the order of the rows are, but
-the times of a fifth of its events, all of users 3000 and above, were filled in between those of their neighbours: the
-pages of these users, ratings that share a second, are partly lost, and with them some of what can be learned. Published
-results come from files that are genuine throughout; how much that is worth, *Ties in time* shows."""
+The copy of MovieLens 1M behind *ml-1m* is not GroupLens' file to the byte. Users, items, ratings and the order of the
+rows are, but the times of a fifth of its events, all of users 3000 and above, were filled in between those of their
+neighbours: the pages of these users, ratings that share a second, are partly lost, and with them some of what can be
+learned. Published results come from files that are genuine throughout; how much that is worth, *Ties in time* and *With
+genuine times alone* show."""
 }
 
 
