@@ -92,9 +92,9 @@ items."""
 
 
 TIES = """\
-HR@10 / NDCG@10 on the test items, the mean over seeds. On MovieLens a whole page of ratings has one second: a test item
-that shares its second with the event before it is guessed far more often than one that came later. So a result on such
-data is one for a rule of ties, and the rule here is the order of the file."""
+HR@10 / NDCG@10 on the test items, the mean over seeds. On MovieLens a whole page of ratings may have one second, and
+which of them is held out is then decided by a rule of ties: here, the order of the file. So a result on such data is
+one for its rule."""
 
 
 def render(records: Sequence[Record], out: Path) -> str:

@@ -95,7 +95,7 @@ class SequentialRecommender(nn.Module):
     def check_batch(self, item_ids: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """The batch as int64, or an error that names what is wrong with it.
 
-        Values are read as `_values` says: not on a GPU, if FASTM2REC_CHECK is not set.
+        Values are read on a GPU with FASTM2REC_CHECK=1 only, as its queue would stop, and not inside a compiled graph.
 
         Raises:
             TypeError: ids or lengths that are not integers.
@@ -301,7 +301,7 @@ def check_lengths(lengths: Tensor, batch: int, seqlen: int) -> None:
 
     Raises:
         TypeError: not integers.
-        ValueError: not `batch` of them, or (where it may be read) a value outside 1..seqlen.
+        ValueError: not `batch` of them, or a value outside 1..seqlen (read as in `check_batch`).
     """
     if lengths.is_floating_point() or lengths.dtype == torch.bool:
         raise TypeError(f"lengths: expected integers, got {lengths.dtype}")

@@ -182,12 +182,15 @@ def _part(x: Tensor, index: Any) -> Tensor:
 
 
 @contextmanager
-def _patched(rehearsal: Rehearsal) -> Iterator[None]:
+def rehearsal() -> Iterator[Rehearsal]:
+    """For as long as it lasts, torch believes that there is one GPU, of compute capability 9.0."""
     from triton.runtime.interpreter import GridExecutor
+
+    made = Rehearsal()
 
     def launch(self: Any, *args: Any, **kwargs: Any) -> None:
         grid = self.grid(kwargs) if callable(self.grid) else self.grid
-        rehearsal.launch(self.fn.__name__, grid, [*args, *kwargs.values()])
+        made.launch(self.fn.__name__, grid, [*args, *kwargs.values()])
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(GridExecutor, "__call__", launch)
@@ -199,12 +202,4 @@ def _patched(rehearsal: Rehearsal) -> Iterator[None]:
         patch.setattr(torch.cuda, "_lazy_init", lambda: None)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
         patch.setattr(fake_tensor, "init_gpu_context", lambda _: None)
-        yield
-
-
-@contextmanager
-def rehearsal() -> Iterator[Rehearsal]:
-    """For as long as it lasts, torch believes that there is one GPU, of compute capability 9.0."""
-    made = Rehearsal()
-    with _patched(made):
         yield made

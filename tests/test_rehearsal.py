@@ -13,9 +13,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastm2rec import M2Rec, M2RecConfig, Recommender, recommender
+from bench.counters import kernel_names
+from fastm2rec import M2Rec, M2RecConfig, Recommender, ops, recommender
 from fastm2rec.base import SequentialRecommender, build_model
 from fastm2rec.folded import FoldedM2Rec
+from fastm2rec.kernels._nodes import Nodes
 from fastm2rec.losses import next_item_loss
 from fastm2rec.reference.m2rec import M2Rec as ReferenceM2Rec
 from fastm2rec.training.inputs import make_model
@@ -71,10 +73,7 @@ def batch(rows: int, seqlen: int) -> tuple[Tensor, Tensor, Tensor]:
     )
 
 
-@pytest.mark.parametrize("amp", [False, True], ids=["float32", "bfloat16"])
-@pytest.mark.parametrize("form", FORMS)
-def test_training(form: str, amp: bool, gpu: Rehearsal) -> None:
-    """Forward, loss, and each op's backward pass."""
+def train(form: str, amp: bool, gpu: Rehearsal) -> None:
     model = gpu.module(model_of(FORMS[form]).train())
     assert isinstance(model, M2Rec)
 
@@ -87,6 +86,46 @@ def test_training(form: str, amp: bool, gpu: Rehearsal) -> None:
                 next_item_loss(query, model.item_weight, targets)
 
     gpu.run(losses)
+
+
+def fold_and_encode(form: str, dtype: torch.dtype, gpu: Rehearsal) -> None:
+    model = FoldedM2Rec(model_of(FORMS[form]).eval(), "triton").to(dtype=dtype)
+    folded = model.folded
+    moved: dict[str, Any] = {name: gpu.tensor(tensor) for name, tensor in folded.tensors().items()}
+    model.folded = dataclasses.replace(folded, **moved, nodes=on_gpu(folded.nodes, gpu))
+    for splits in (1, 4):
+        model.folded = dataclasses.replace(model.folded, splits=splits)
+        query = gpu.run(lambda: model.encode(*batch(3, folded.max_len)[:2]))
+        assert (query.shape, query.dtype, query.device) == ((3, 16), dtype, DEVICE)
+
+
+def on_gpu(nodes: Nodes, gpu: Rehearsal) -> Nodes:
+    return dataclasses.replace(nodes, rates=gpu.tensor(nodes.rates), coefficients=gpu.tensor(nodes.coefficients))
+
+
+def run_what_no_model_asks_for(gpu: Rehearsal) -> None:
+    """The last state by nodes and in parts; a norm behind the gate, and more rows than one program gathers."""
+    A = -torch.arange(1.0, 17).expand(32, 16).contiguous()
+    nodes = on_gpu(ops.fit_nodes(A), gpu)
+    u, delta = (gpu.tensor(torch.empty(3, 50, 32).transpose(1, 2)) for _ in range(2))
+    B, C, rates = gpu.tensor(torch.empty(3, 16, 50)), gpu.tensor(torch.empty(3, 16)), gpu.tensor(A)
+    gpu.run(lambda: ops.last_state(u, delta, rates, B, C, exponentials="nodes", nodes=nodes, impl="triton"))
+    gpu.run(lambda: ops.last_state(u, delta, rates, B, C, splits=4, impl="triton"))
+    h, text, weight = (gpu.tensor(torch.empty(n, 16)) for n in (600, 5, 16))
+    half, row = gpu.tensor(torch.empty(())), gpu.tensor(torch.empty(16))
+    ids = gpu.tensor(torch.zeros(600, dtype=torch.int64))
+    gpu.run(
+        lambda: ops.gated_fusion(
+            h, text, half, half, weight, row, ids=ids, norm_weight=row, norm_bias=row, impl="triton"
+        )
+    )
+
+
+@pytest.mark.parametrize("amp", [False, True], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("form", FORMS)
+def test_training(form: str, amp: bool, gpu: Rehearsal) -> None:
+    """Forward, loss, and each op's backward pass."""
+    train(form, amp, gpu)
     assert any("bwd" in name or "backward" in name for name in gpu.launched)
     assert not gpu.copies
 
@@ -94,18 +133,18 @@ def test_training(form: str, amp: bool, gpu: Rehearsal) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("form", [form for form in FORMS if form != "two layers"])
 def test_folded(form: str, dtype: torch.dtype, gpu: Rehearsal) -> None:
-    model = FoldedM2Rec(model_of(FORMS[form]).eval(), "triton").to(dtype=dtype)
-    folded = model.folded
-    nodes = dataclasses.replace(
-        folded.nodes, rates=gpu.tensor(folded.nodes.rates), coefficients=gpu.tensor(folded.nodes.coefficients)
-    )
-    moved: dict[str, Any] = {name: gpu.tensor(tensor) for name, tensor in folded.tensors().items()}
-    model.folded = dataclasses.replace(folded, **moved, nodes=nodes)
-    for splits in (1, 4):
-        model.folded = dataclasses.replace(model.folded, splits=splits)
-        query = gpu.run(lambda: model.encode(*batch(3, folded.max_len)[:2]))
-        assert (query.shape, query.dtype, query.device) == ((3, 16), dtype, DEVICE)
+    fold_and_encode(form, dtype, gpu)
     assert {"encode_last_scan_kernel", "encode_last_head_kernel"} <= set(gpu.launched)
+    assert not gpu.copies
+
+
+def test_every_kernel_is_launched(gpu: Rehearsal) -> None:
+    for form in FORMS:
+        train(form, False, gpu)
+    for form in ("filter at the input", "columns in stages"):
+        fold_and_encode(form, torch.bfloat16, gpu)
+    run_what_no_model_asks_for(gpu)
+    assert set(gpu.launched) == set(kernel_names())
     assert not gpu.copies
 
 

@@ -93,9 +93,8 @@ NOTES = {
     "ed8a7f5d32c6": """\
 The copy of MovieLens 1M behind *ml-1m* is not GroupLens' file to the byte. Users, items, ratings and the order of the
 rows are, but the times of a fifth of its events, all of users 3000 and above, were filled in between those of their
-neighbours: the pages of these users, ratings that share a second, are partly lost, and with them some of what can be
-learned. Published results come from files that are genuine throughout; how much that is worth, *Ties in time* and *With
-genuine times alone* show."""
+neighbours: pages of ratings that share a second are partly lost for these users. Published results were not made from
+this copy; what that may be worth, *Ties in time* and *With genuine times alone* show."""
 }
 
 

@@ -1,7 +1,7 @@
 """What ties in time do to leave-one-out: users whose test event has the same time as the one before it, and the others.
 
 MovieLens stamps whole pages of ratings with one second. Which event of such a page is the last is then decided by the
-order of the file, and what is on a page is easier to guess than what comes after it.
+order of the file, and what is on a page may be easier to guess than what comes after it.
 """
 
 from __future__ import annotations

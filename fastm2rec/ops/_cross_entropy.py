@@ -33,8 +33,8 @@ def cross_entropy(
         A 0-dim tensor, dtype of query.
 
     Raises:
-        TypeError, ValueError: a tensor of the wrong dtype, device or shape, a target out of range (checked where
-            `fastm2rec._values` lets it be read), no item, or an unknown reduction.
+        TypeError, ValueError: a tensor of the wrong dtype, device or shape, a target out of range (checked on a
+            GPU with FASTM2REC_CHECK=1 only, and not in compiled graphs), no item, or an unknown reduction.
         ImplementationError: `impl` cannot run here.
     """
     expect_alike("query", query, {"weight": weight})

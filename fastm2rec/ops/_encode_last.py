@@ -29,8 +29,8 @@ def encode_last(item_ids: Tensor, lengths: Tensor, folded: Folded, *, impl: str 
         [B, D], dtype of the folded weights. It has no gradient.
 
     Raises:
-        TypeError, ValueError: a tensor of the wrong dtype, device or shape, or values out of range (which are read as
-            `_values` says).
+        TypeError, ValueError: a tensor of the wrong dtype, device or shape, or values out of range (checked on a GPU
+            with FASTM2REC_CHECK=1 only, and not in compiled graphs).
         RuntimeError: folded weights that require a gradient, under grad mode.
         ImplementationError: `impl` cannot run here.
     """

@@ -51,8 +51,8 @@ def gated_fusion(
 
     Raises:
         TypeError, ValueError: a tensor of the wrong dtype, device or shape, gates that contradict each other, or ids
-            out of range (the values are checked where `fastm2rec._values` lets them be read; Triton's kernel takes the
-            nearest row otherwise).
+            out of range (checked on a GPU with FASTM2REC_CHECK=1 only, and not in compiled graphs; Triton's kernel
+            takes the nearest row otherwise).
         ImplementationError: `impl` cannot run here.
     """
     expect_alike("h", h, {"text": text, "alpha": alpha, "beta": beta, "weight": weight, "bias": bias,

@@ -57,9 +57,10 @@ def last_state(
         y (B, dim), dtype of u.
 
     Raises:
-        TypeError, ValueError: a tensor of the wrong dtype, device or shape, a seqlen of 0, or lengths out of range (the
-            values are checked where `fastm2rec._values` lets them be read); an unknown word for `exponentials`; nodes
-            of another shape or device, missing, or whose error exceeds their tolerance; fewer splits than 1.
+        TypeError, ValueError: a tensor of the wrong dtype, device or shape, a seqlen of 0, or lengths out of range
+            (checked on a GPU with FASTM2REC_CHECK=1 only, and not in compiled graphs); an unknown word for
+            `exponentials`; nodes of another shape or device, missing, or whose error exceeds their tolerance; fewer
+            splits than 1.
         ImplementationError: `impl` cannot run here.
     """
     expect_alike("u", u, {"delta": delta, "A": A, "B": B, "C": C, "D": D, "z": z, "delta_bias": delta_bias})

@@ -52,8 +52,9 @@ def selective_scan(
         (n_sequences, dim, dstate), float32 or float64.
 
     Raises:
-        TypeError, ValueError: a tensor of the wrong dtype, device or shape, a seqlen of 0, or wrong cu_seqlens (the
-            values are checked where `fastm2rec._values` lets them be read). The Triton kernels take dstate up to 256.
+        TypeError, ValueError: a tensor of the wrong dtype, device or shape, a seqlen of 0, or wrong cu_seqlens
+            (checked on a GPU with FASTM2REC_CHECK=1 only, and not in compiled graphs). The Triton kernels take dstate
+            up to 256.
         ImplementationError: `impl` cannot run here.
 
     Source: arXiv 2312.00752 Algorithm 2.

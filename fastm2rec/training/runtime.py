@@ -64,8 +64,8 @@ class Runtime:
         return indices[self.rank :: self.processes]
 
     def place(self, tensor: Tensor) -> Tensor:
-        """A tensor of the host on the device. A GPU fetches it when it comes to that; nobody waits."""
-        # From memory that is not pinned a copy waits for all that is queued.
+        """A tensor of the host on the device. A GPU fetches it when its queue comes to that."""
+        # From memory that is not pinned a copy would first wait for all that is queued.
         tensor = tensor.pin_memory() if self.device.type == "cuda" else tensor
         return tensor.to(self.device, non_blocking=True)
 
