@@ -70,6 +70,23 @@ def tf32_part(x):
     return (x.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
 
 
+@triton.jit
+def load_length(lengths_ptr, pid_b, seqlen, HAS_LENGTHS: tl.constexpr):
+    """The row's length, kept within 1 to seqlen: on a GPU nobody has looked at the values."""
+    length = seqlen
+    if HAS_LENGTHS:
+        # Cast last: of a length beyond 32 bits, the lower ones may look right.
+        length = tl.minimum(tl.maximum(tl.load(lengths_ptr + pid_b).to(tl.int64), 1), seqlen).to(tl.int32)
+    return length
+
+
+@triton.jit
+def load_ids(ids_ptr, offs, mask, table_rows):
+    """Rows of a table, int64. An id outside the table is moved into it, to its nearest row; 0 where not in the mask."""
+    ids = tl.load(ids_ptr + offs, mask=mask, other=0).to(tl.int64)
+    return tl.minimum(tl.maximum(ids, 0), table_rows - 1)
+
+
 def compute_dtype(*tensors: torch.Tensor | None) -> torch.dtype:
     """float64 if any tensor is, else float32: nothing is ever accumulated in half precision."""
     doubles = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._common import sigmoid, silu
+from ._common import load_ids, sigmoid, silu
 
 SQRT_HALF = tl.constexpr(0.7071067811865476)
 
@@ -56,13 +56,13 @@ def _table_rows(ptr, rows, offs_c, columns, stride, mask_b, ACC: tl.constexpr):
     return tl.load(ptr + rows[:, None] * stride + offs_c[None, :], mask=inside, other=0.0).to(ACC)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seqlen", "table_rows"])
 def encode_last_head_kernel(
     ids_ptr, lengths_ptr, parts_ptr, z_ptr, z_table_ptr, scan_norm_weight_ptr, scan_norm_bias_ptr, out_proj_ptr,
     norm_weight_ptr, norm_bias_ptr, fc1_ptr, fc1_bias_ptr, fc2_ptr, fc2_bias_ptr,
     ffn_norm_weight_ptr, ffn_norm_bias_ptr, mix_ptr, mix_bias_ptr, text_table_ptr, gate_weight_ptr, gate_table_ptr,
     query_ptr,
-    batch, eps, D: tl.constexpr, E: tl.constexpr, H: tl.constexpr, stride_ids_b, stride_ids_t,
+    batch, seqlen, table_rows, eps, D: tl.constexpr, E: tl.constexpr, H: tl.constexpr, stride_ids_b, stride_ids_t,
     SPLITS: tl.constexpr, HAS_Z: tl.constexpr, SCAN_NORM: tl.constexpr, GATE: tl.constexpr, RESIDUAL: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
@@ -72,8 +72,8 @@ def encode_last_head_kernel(
     offs_d = tl.arange(0, BLOCK_D)
     offs_e = tl.arange(0, BLOCK_E)
     mask_b = offs_b < batch
-    last = tl.load(lengths_ptr + offs_b, mask=mask_b, other=1).to(tl.int64) - 1
-    item = tl.load(ids_ptr + offs_b * stride_ids_b + last * stride_ids_t, mask=mask_b, other=0).to(tl.int64)
+    last = tl.minimum(tl.maximum(tl.load(lengths_ptr + offs_b, mask=mask_b, other=1).to(tl.int64), 1), seqlen) - 1
+    item = load_ids(ids_ptr, offs_b * stride_ids_b + last * stride_ids_t, mask_b, table_rows)
 
     y = _table_rows(parts_ptr, offs_b, offs_e, E, E, mask_b, ACC)
     for split in range(1, SPLITS):

@@ -18,7 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._common import silu
+from ._common import load_ids, load_length, silu
 
 
 @triton.jit
@@ -31,10 +31,10 @@ def spectrum_of(length, PER_LENGTH: tl.constexpr):
 
 
 @triton.jit
-def gathered(table_ptr, ids_ptr, offs_t, offs_e, length, E, stride_ids_t, ACC: tl.constexpr):
+def gathered(table_ptr, ids_ptr, offs_t, offs_e, length, table_rows, E, stride_ids_t, ACC: tl.constexpr):
     """The items' rows at positions t: [BLOCK_T, BLOCK_E]; zero outside 0..length-1, as row 0 of the table is."""
     real = (offs_t >= 0) & (offs_t < length)
-    item = tl.load(ids_ptr + offs_t.to(tl.int64) * stride_ids_t, mask=real, other=0).to(tl.int64)
+    item = load_ids(ids_ptr, offs_t.to(tl.int64) * stride_ids_t, real, table_rows)
     return tl.load(table_ptr + item[:, None] * E + offs_e[None, :], mask=(offs_e < E)[None, :], other=0.0).to(ACC)
 
 
@@ -46,21 +46,22 @@ def load_row(ptr, offs_e, E, ACC: tl.constexpr):
 
 @triton.jit
 def convolved(
-    table_ptr, ids_ptr, taps_ptr, offs_t, offs_e, length, E, stride_ids_t, TAPS: tl.constexpr, ACC: tl.constexpr
-):
+    table_ptr, ids_ptr, taps_ptr, offs_t, offs_e, length, table_rows, E, stride_ids_t,
+    TAPS: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
     """sum_s w_s p[t - s], without the bias: [BLOCK_T, BLOCK_E]."""
     w = load_row(taps_ptr, offs_e, E, ACC)
-    total = w[None, :] * gathered(table_ptr, ids_ptr, offs_t, offs_e, length, E, stride_ids_t, ACC)
+    total = w[None, :] * gathered(table_ptr, ids_ptr, offs_t, offs_e, length, table_rows, E, stride_ids_t, ACC)
     for s in tl.static_range(1, TAPS):
         w = load_row(taps_ptr + s * E, offs_e, E, ACC)
-        total += w[None, :] * gathered(table_ptr, ids_ptr, offs_t - s, offs_e, length, E, stride_ids_t, ACC)
+        total += w[None, :] * gathered(table_ptr, ids_ptr, offs_t - s, offs_e, length, table_rows, E, stride_ids_t, ACC)
     return total
 
 
 @triton.jit
 def filter_columns(
     table_ptr, ids_ptr, taps_ptr, conv_bias_ptr, basis_ptr, gain_ptr, offset_ptr, spectrum, first_column, offs_e,
-    length, slots, columns, E, stride_ids_t,
+    length, slots, columns, table_rows, E, stride_ids_t,
     INNER: tl.constexpr, TAPS: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
     ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -73,9 +74,9 @@ def filter_columns(
     for t0 in range(0, end, BLOCK_T):
         offs_t = t0 + tl.arange(0, BLOCK_T)
         if INNER:
-            x = convolved(table_ptr, ids_ptr, taps_ptr, offs_t, offs_e, length, E, stride_ids_t, TAPS, ACC)
+            x = convolved(table_ptr, ids_ptr, taps_ptr, offs_t, offs_e, length, table_rows, E, stride_ids_t, TAPS, ACC)
         else:
-            x = gathered(table_ptr, ids_ptr, offs_t, offs_e, length, E, stride_ids_t, ACC)
+            x = gathered(table_ptr, ids_ptr, offs_t, offs_e, length, table_rows, E, stride_ids_t, ACC)
         # [BLOCK_R, BLOCK_T]
         place = offs_t[None, :] * columns + offs_r[:, None]
         v = tl.load(basis_ptr + place, mask=(offs_t < end)[None, :], other=0.0)
@@ -111,10 +112,10 @@ def synthesised(
     return total
 
 
-@triton.jit(do_not_specialize=["slots"])
+@triton.jit(do_not_specialize=["seqlen", "slots", "table_rows"])
 def columns_kernel(
     ids_ptr, lengths_ptr, table_ptr, taps_ptr, conv_bias_ptr, basis_ptr, gain_ptr, offset_ptr, p_ptr,
-    slots, columns, E: tl.constexpr,
+    seqlen, slots, columns, table_rows, E: tl.constexpr,
     stride_ids_b, stride_ids_t,
     PER_LENGTH: tl.constexpr, INNER: tl.constexpr, TAPS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -124,12 +125,12 @@ def columns_kernel(
     pid_b = tl.program_id(0).to(tl.int64)
     first_column = tl.program_id(1) * BLOCK_R
     offs_e = tl.program_id(2) * BLOCK_E + tl.arange(0, BLOCK_E)
-    length = tl.load(lengths_ptr + pid_b).to(tl.int32)
+    length = load_length(lengths_ptr, pid_b, seqlen, True)
     spectrum = spectrum_of(length, PER_LENGTH)
     p = filter_columns(
         table_ptr, ids_ptr + pid_b * stride_ids_b, taps_ptr, conv_bias_ptr,
         basis_ptr + spectrum * slots * columns, gain_ptr, offset_ptr, spectrum, first_column, offs_e,
-        length, slots, columns, E, stride_ids_t,
+        length, slots, columns, table_rows, E, stride_ids_t,
         INNER, TAPS, BLOCK_T, BLOCK_R, BLOCK_E, ACC, DOT, PRECISION,
     )  # fmt: skip
     offs_r = first_column + tl.arange(0, BLOCK_R)
@@ -137,10 +138,10 @@ def columns_kernel(
     tl.store(p_ptr + place, p, mask=(offs_e < E)[None, :])
 
 
-@triton.jit(do_not_specialize=["slots", "kept_slots"])
+@triton.jit(do_not_specialize=["seqlen", "slots", "kept_slots"])
 def rows_kernel(
     lengths_ptr, p_ptr, taps_ptr, conv_bias_ptr, basis_ptr, u_ptr,
-    slots, kept_slots, stride, columns, E: tl.constexpr,
+    seqlen, slots, kept_slots, stride, columns, E: tl.constexpr,
     PER_LENGTH: tl.constexpr, INNER: tl.constexpr, TAPS: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_E: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
@@ -149,7 +150,7 @@ def rows_kernel(
     pid_b = tl.program_id(0).to(tl.int64)
     offs_i = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     offs_e = tl.program_id(2) * BLOCK_E + tl.arange(0, BLOCK_E)
-    length = tl.load(lengths_ptr + pid_b).to(tl.int32)
+    length = load_length(lengths_ptr, pid_b, seqlen, True)
     basis_ptr += spectrum_of(length, PER_LENGTH) * slots * columns
     offs_t = length - 1 - offs_i * stride
     total = tl.zeros([BLOCK_T, BLOCK_E], ACC)
@@ -168,20 +169,22 @@ def rows_kernel(
     tl.store(u_ptr + place, silu(total).to(u_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["seqlen", "table_rows"])
 def filtered_gate_kernel(
     ids_ptr, lengths_ptr, table_ptr, weights_ptr, z_ptr,
-    slots, E: tl.constexpr, stride_ids_b, stride_ids_t,
+    seqlen, slots, table_rows, E: tl.constexpr, stride_ids_b, stride_ids_t,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
     """z [B, E] where the filter comes before it: z[e] = sum_t weights[n - 1, t] z_table[id_t, e]."""
     pid_b = tl.program_id(0).to(tl.int64)
     offs_e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
-    length = tl.load(lengths_ptr + pid_b)
+    length = load_length(lengths_ptr, pid_b, seqlen, True)
     z = tl.zeros([BLOCK_T, BLOCK_E], ACC)
-    for t0 in range(0, length.to(tl.int32), BLOCK_T):
+    for t0 in range(0, length, BLOCK_T):
         offs_t = t0 + tl.arange(0, BLOCK_T)
-        x = gathered(table_ptr, ids_ptr + pid_b * stride_ids_b, offs_t, offs_e, length, E, stride_ids_t, ACC)
+        x = gathered(
+            table_ptr, ids_ptr + pid_b * stride_ids_b, offs_t, offs_e, length, table_rows, E, stride_ids_t, ACC
+        )
         weight = tl.load(weights_ptr + (length - 1).to(tl.int64) * slots + offs_t, mask=offs_t < length, other=0.0)
         z += weight.to(ACC)[:, None] * x
     tl.store(z_ptr + pid_b * E + offs_e, tl.sum(z, axis=0), mask=offs_e < E)

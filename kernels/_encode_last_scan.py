@@ -20,7 +20,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._common import LOG2E, SQRT2, silu, softplus, tf32_part
+from ._common import LOG2E, SQRT2, load_length, silu, softplus, tf32_part
 from ._encode_last_rows import filter_columns, gathered, load_row, spectrum_of, synthesised
 
 
@@ -38,7 +38,7 @@ def _ones_dot(ones, steps):
 @triton.jit
 def _u(
     offs_i, columns_ptr, varying, u_ptr, ids_ptr, table_ptr, taps_ptr, conv_bias_ptr, basis_ptr, offs_r, offs_e,
-    length, stride, columns, E, stride_ids_t,
+    length, stride, columns, table_rows, E, stride_ids_t,
     SOURCE: tl.constexpr, TAPS: tl.constexpr, BLOCK_T: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +61,7 @@ def _u(
         else:
             x = tl.zeros([BLOCK_T, offs_e.shape[0]], ACC)
             for s in tl.static_range(TAPS):
-                rows = gathered(table_ptr, ids_ptr, offs_t - s, offs_e, length, E, stride_ids_t, DOT)
+                rows = gathered(table_ptr, ids_ptr, offs_t - s, offs_e, length, table_rows, E, stride_ids_t, DOT)
                 w = load_row(taps_ptr + varying + s * E, offs_e, E, ACC)
                 x += w[None, :] * tl.dot(same, rows, input_precision=PRECISION, out_dtype=ACC)
     if (SOURCE == "input") | (SOURCE == "none"):
@@ -117,12 +117,12 @@ def _weights_nodes(CB, T, rate, coefficients, NODES: tl.constexpr):
     return weights * largest[:, None]
 
 
-@triton.jit(do_not_specialize=["slots", "kept_slots", "zero"])
+@triton.jit(do_not_specialize=["seqlen", "slots", "kept_slots", "zero", "table_rows"])
 def encode_last_scan_kernel(
     ids_ptr, lengths_ptr, u_ptr, table_ptr, taps_ptr, conv_bias_ptr, basis_ptr, gain_ptr, offset_ptr,
     step_down_ptr, step_up_ptr, step_bias_ptr, B_ptr, C_ptr, A_ptr, D_ptr, rates_ptr, coefficients_ptr,
     parts_ptr, scratch_ptr, columns_ptr,
-    slots, kept_slots, stride, zero, E: tl.constexpr, dstate: tl.constexpr, RANK: tl.constexpr,
+    seqlen, slots, kept_slots, stride, zero, table_rows, E: tl.constexpr, dstate: tl.constexpr, RANK: tl.constexpr,
     stride_ids_b, stride_ids_t,
     SOURCE: tl.constexpr, PER_LENGTH: tl.constexpr, TAPS: tl.constexpr, SPLITS: tl.constexpr,
     NODES: tl.constexpr,
@@ -137,7 +137,7 @@ def encode_last_scan_kernel(
     offs_r = tl.arange(0, BLOCK_T)
     offs_column = tl.arange(0, BLOCK_R)
     mask_en = (offs_e < E)[:, None] & (offs_n < dstate)[None, :]
-    length = tl.load(lengths_ptr + pid_b).to(tl.int32)
+    length = load_length(lengths_ptr, pid_b, seqlen, True)
     ids_ptr += pid_b * stride_ids_b
     scratch_ptr += (pid_b * SPLITS + pid_split) * (2 * dstate * BLOCK_T)
     if SOURCE == "given":
@@ -147,7 +147,7 @@ def encode_last_scan_kernel(
         basis_ptr += spectrum * slots * BLOCK_R
         p = filter_columns(
             table_ptr, ids_ptr, taps_ptr, conv_bias_ptr, basis_ptr, gain_ptr, offset_ptr, spectrum, 0, offs_e,
-            length, slots, BLOCK_R, E, stride_ids_t,
+            length, slots, BLOCK_R, table_rows, E, stride_ids_t,
             SOURCE == "inner", TAPS, BLOCK_L, BLOCK_R, BLOCK_E, ACC, DOT, PRECISION,
         )  # fmt: skip
         columns_ptr += (pid_b * SPLITS + pid_split) * (BLOCK_R * E)
@@ -157,7 +157,7 @@ def encode_last_scan_kernel(
     # C at the last position. Elementwise: a small dot here would set the layout of those in the loop.
     u = _u(
         offs_r, columns_ptr, 0, u_ptr, ids_ptr, table_ptr, taps_ptr, conv_bias_ptr, basis_ptr, offs_column, offs_e,
-        length, stride, BLOCK_R, E, stride_ids_t, SOURCE, TAPS, BLOCK_T, ACC, DOT, PRECISION,
+        length, stride, BLOCK_R, table_rows, E, stride_ids_t, SOURCE, TAPS, BLOCK_T, ACC, DOT, PRECISION,
     )  # fmt: skip
     u = tl.where((offs_r == 0)[:, None], u, 0.0)
     u_last = tl.sum(u, axis=0)
@@ -179,7 +179,7 @@ def encode_last_scan_kernel(
             u = _u(
                 offs_i, columns_ptr, chunk * zero * 16, u_ptr, ids_ptr, table_ptr, taps_ptr, conv_bias_ptr, basis_ptr,
                 offs_column, offs_e,
-                length, stride, BLOCK_R, E, stride_ids_t, SOURCE, TAPS, BLOCK_T, ACC, DOT, PRECISION,
+                length, stride, BLOCK_R, table_rows, E, stride_ids_t, SOURCE, TAPS, BLOCK_T, ACC, DOT, PRECISION,
             )  # fmt: skip
             before += _steps(
                 u, offs_i < kept, step_down_ptr, step_up_ptr, step_bias_ptr, offs_e, chunk * zero * 16, E, RANK,
@@ -202,7 +202,7 @@ def encode_last_scan_kernel(
         u = _u(
             offs_i, columns_ptr, varying, u_ptr, ids_ptr, table_ptr, taps_ptr, conv_bias_ptr, basis_ptr,
             offs_column, offs_e,
-            length, stride, BLOCK_R, E, stride_ids_t, SOURCE, TAPS, BLOCK_T, ACC, DOT, PRECISION,
+            length, stride, BLOCK_R, table_rows, E, stride_ids_t, SOURCE, TAPS, BLOCK_T, ACC, DOT, PRECISION,
         )  # fmt: skip
         B_weight = tl.load(B_ptr + varying + offs_e[:, None] * dstate + offs_n[None, :], mask=mask_en, other=0.0)
         CB = tl.dot(u.to(DOT), B_weight, input_precision=PRECISION, out_dtype=ACC) * C[None, :]

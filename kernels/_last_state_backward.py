@@ -28,8 +28,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import LN2, LOG2E, sigmoid, silu, silu_grad, triton_dtype
-from ._last_state_steps import load_length, load_step, sum_of_steps, two_sum
+from ._common import LN2, LOG2E, load_length, sigmoid, silu, silu_grad, triton_dtype
+from ._last_state_steps import load_step, sum_of_steps, two_sum
 
 # Enough for every multiprocessor; more rows are taken one after the other.
 PROGRAMS = 1024

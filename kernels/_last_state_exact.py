@@ -15,9 +15,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._common import LOG2E
+from ._common import LOG2E, load_length
 from ._last_state_output import write_output
-from ._last_state_steps import load_length, load_step, sum_of_steps, two_sum
+from ._last_state_steps import load_step, sum_of_steps, two_sum
 
 
 @triton.jit(do_not_specialize=["batch", "seqlen"])

@@ -18,9 +18,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._common import LOG2E, SQRT2, softplus, tf32_part
+from ._common import LOG2E, SQRT2, load_length, softplus, tf32_part
 from ._last_state_output import write_output
-from ._last_state_steps import load_length
 
 BLOCK_T = 16
 

@@ -11,8 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ._common import silu
-from ._last_state_steps import load_length
+from ._common import load_length, silu
 
 BLOCK_E = 128
 

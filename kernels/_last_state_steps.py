@@ -1,4 +1,4 @@
-"""A row's length, its step sizes, and their sums without rounding errors.
+"""A row's step sizes, and their sums without rounding errors.
 
 The decay from a position to the last one depends on the sum of the steps between them. The forward pass sums from the
 last position back, the backward pass starts from the sum of all and subtracts; both must agree at the end of a row,
@@ -14,15 +14,6 @@ from ._common import softplus
 
 # Positions that are summed at once where nothing else is computed from them.
 BLOCK_T = tl.constexpr(4)
-
-
-@triton.jit
-def load_length(lengths_ptr, pid_b, seqlen, HAS_LENGTHS: tl.constexpr):
-    """The row's length, kept within 1 to seqlen: on a GPU nobody has looked at the values."""
-    length = seqlen
-    if HAS_LENGTHS:
-        length = tl.minimum(tl.maximum(tl.load(lengths_ptr + pid_b).to(tl.int32), 1), seqlen)
-    return length
 
 
 @triton.jit

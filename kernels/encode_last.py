@@ -5,6 +5,9 @@ tensor is in memory: `_encode_last_scan` goes from ids to the scan's output, `_e
 Scratch is what a program writes for itself: the row's columns P [R, E], and C B of 32 positions. A third launch makes
 z where the filter comes before in_proj, as z then needs a sum over the row. With more columns P and u [B, L, E] go
 through memory (`_encode_last_rows`); step sizes, B and the exponentials still do not.
+
+Nobody has looked at ids and lengths on a GPU: one that is out of range counts as the nearest that is not, and no
+program reads outside of a tensor.
 """
 
 from __future__ import annotations
@@ -62,7 +65,7 @@ def launch_rows(
     block_e = min(_block(channels), 128)
     columns_kernel[(batch, columns // MAX_COLUMNS, triton.cdiv(channels, block_e))](
         item_ids, lengths, w["u_table"], w["taps"], w["conv_bias"], w["basis"], w["gain"], w["offset"], p,
-        max_len, columns, channels, *item_ids.stride(), **shared, DOT=arithmetic["DOT"],
+        seqlen, max_len, columns, len(w["u_table"]), channels, *item_ids.stride(), **shared, DOT=arithmetic["DOT"],
         BLOCK_T=32, BLOCK_E=block_e, num_warps=8,
     )  # fmt: skip
     kept_slots = triton.cdiv(seqlen, stride)
@@ -70,7 +73,7 @@ def launch_rows(
     block_t, stages = (64, 2) if dtype.itemsize == 2 and placement == "inner" else (32, 1)
     u = torch.empty(batch, kept_slots, channels, dtype=dtype, device=item_ids.device)
     rows_kernel[(batch, triton.cdiv(kept_slots, block_t), triton.cdiv(channels, block_e))](
-        lengths, p, w["taps"], w["conv_bias"], w["basis"], u, max_len, kept_slots, stride, columns, channels,
+        lengths, p, w["taps"], w["conv_bias"], w["basis"], u, seqlen, max_len, kept_slots, stride, columns, channels,
         **shared, BLOCK_T=block_t, BLOCK_E=block_e, num_warps=8, num_stages=stages,
     )  # fmt: skip
     return u
@@ -94,12 +97,12 @@ def launch_scan(
     p = torch.empty(batch, splits, held, channels, dtype=dtype, device=device)
     encode_last_scan_kernel[(batch, splits)](
         item_ids, lengths, u, *(w[name] for name in SCAN_WEIGHTS), rates, coefficients,
-        parts, scratch, p, max_len, triton.cdiv(seqlen, stride), stride, 0, channels, dstate, rank,
-        *item_ids.stride(), SOURCE=placement if u is None else "given", PER_LENGTH=spectra > 1, TAPS=len(w["taps"]),
-        SPLITS=splits, NODES=nodes, BLOCK_T=BLOCK_T,
-        BLOCK_R=block_r, BLOCK_E=_block(channels), BLOCK_N=_block(dstate),
-        BLOCK_RANK=_block(rank), **Arithmetic.of(w["u_table"]).constexprs,
-        **_scan_options(dtype, nodes, placement, block_r, dstate, channels),
+        parts, scratch, p, seqlen, max_len, triton.cdiv(seqlen, stride), stride, 0, len(w["u_table"]),
+        channels, dstate, rank, *item_ids.stride(),
+        SOURCE=placement if u is None else "given", PER_LENGTH=spectra > 1, TAPS=len(w["taps"]),
+        SPLITS=splits, NODES=nodes, BLOCK_T=BLOCK_T, BLOCK_R=block_r,
+        BLOCK_E=_block(channels), BLOCK_N=_block(dstate), BLOCK_RANK=_block(rank),
+        **Arithmetic.of(w["u_table"]).constexprs, **_scan_options(dtype, nodes, placement, block_r, dstate, channels),
     )  # fmt: skip
     return parts
 
@@ -121,11 +124,11 @@ def _scan_options(
 def launch_gate(item_ids: Tensor, lengths: Tensor, w: dict[str, Any]) -> Tensor:
     """z [B, E] at the last position where it is filtered; float32 at least."""
     weights, z_table = w["last_weights"], w["z_table"]
-    batch, channels = len(item_ids), z_table.shape[1]
+    (batch, seqlen), channels = item_ids.shape, z_table.shape[1]
     z = torch.empty(batch, channels, dtype=weights.dtype, device=item_ids.device)
     block_e = min(_block(channels), 128)
     filtered_gate_kernel[(batch, triton.cdiv(channels, block_e))](
-        item_ids, lengths, z_table, weights, z, weights.shape[1], channels, *item_ids.stride(),
+        item_ids, lengths, z_table, weights, z, seqlen, weights.shape[1], len(z_table), channels, *item_ids.stride(),
         BLOCK_T=32, BLOCK_E=block_e, ACC=triton_dtype(weights.dtype), num_warps=4,
     )  # fmt: skip
     return z
@@ -136,14 +139,14 @@ def launch_head(
     eps: float,
 ) -> Tensor:  # fmt: skip
     """The query vectors [B, D]."""
-    batch, (channels, dim) = len(item_ids), w["out_proj"].shape
+    (batch, seqlen), (channels, dim) = item_ids.shape, w["out_proj"].shape
     hidden = w["fc1"].shape[1]
     dtype = w["u_table"].dtype
     query = torch.empty(batch, dim, dtype=dtype, device=item_ids.device)
     block_b, block_h = 16, 32 if dim <= 64 else 16
     encode_last_head_kernel[(triton.cdiv(batch, block_b),)](
         item_ids, lengths, parts, z, *(w[name] for name in HEAD_WEIGHTS),
-        query, batch, eps, dim, channels, hidden, *item_ids.stride(),
+        query, batch, seqlen, len(w["u_table"]), eps, dim, channels, hidden, *item_ids.stride(),
         SPLITS=len(parts), HAS_Z=z is not None, SCAN_NORM=w["scan_norm_weight"] is not None, GATE=gate,
         RESIDUAL=residual, BLOCK_B=block_b, BLOCK_D=_block(dim), BLOCK_E=_block(channels),
         BLOCK_H=min(_block(hidden), block_h), **Arithmetic.of(w["u_table"]).constexprs,
@@ -207,6 +210,8 @@ def _nodes(folded: Any) -> Nodes | None:
 
 def encode_last(item_ids: Tensor, lengths: Tensor, folded: Any) -> Tensor:
     """As `fastm2rec.reference.encode_last.encode_last`, with `folded.exponentials` in `folded.splits` parts of a row.
+
+    An id or a length that is out of range counts as the nearest that is not.
 
     Raises:
         ValueError: more channels or states than a program holds, or nodes asked for whose error is too large.
