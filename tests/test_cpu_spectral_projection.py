@@ -52,9 +52,12 @@ def test_values_and_gradients(
     monkeypatch.setattr(module, "reference", None)  # it must not be asked
     got = gradients(lambda *args: _call(spectral_projection, list(args), **options), single, dy)
     double = gradients(lambda *args: _call(spectral_projection, list(args), **options), inputs, dy.double())
+    # A bias's gradient is a sum over all positions, whose terms may nearly cancel. Of five such sums plain PyTorch may
+    # have all but exact ones, by luck, which depends on the processor.
+    scale = max(float(c.abs().max()) for c in exact)
     for place, (a, b, c) in enumerate(zip(got, plain, exact, strict=True)):
         # Its sums have up to 4 times as many terms, hence twice the error, and each term has one more rounding (w * W).
-        assert_as_good(a, b, c, slack=2 * SLACK, name=f"result {place}")
+        assert_as_good(a, b, c, slack=2 * SLACK, name=f"result {place}", scale=scale)
     for a, b in zip(double, exact, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-11)
 
