@@ -80,7 +80,7 @@ def test_tables_of_all_lengths_take_half_of_the_bases() -> None:
     for kind in ("fourier", "dct"):
         basis = row_basis(torch.arange(1, 65), 64, 16, kind)
         packed = symmetry.pack(basis, list(range(1, 65)), 8)
-        assert packed.basis.shape == (64, 32, 24 if kind == "fourier" else 16)
+        assert packed.basis.shape == (64, 33, 24 if kind == "fourier" else 16)
 
 
 def _check(folded: Folded, lengths: list[int]) -> None:

@@ -186,19 +186,6 @@ def project(x, weight, dim, columns, out):
         store(out, 7 * columns + j, h)
 
 
-@inline
-def accumulate_products(sums, place, step, a, b, c, d, e, f, g, h):
-    """Add eight tiles to those at `place`, `place + step`, ..."""
-    store(sums, place, load(sums, place) + a)
-    store(sums, place + step, load(sums, place + step) + b)
-    store(sums, place + 2 * step, load(sums, place + 2 * step) + c)
-    store(sums, place + 3 * step, load(sums, place + 3 * step) + d)
-    store(sums, place + 4 * step, load(sums, place + 4 * step) + e)
-    store(sums, place + 5 * step, load(sums, place + 5 * step) + f)
-    store(sums, place + 6 * step, load(sums, place + 6 * step) + g)
-    store(sums, place + 7 * step, load(sums, place + 7 * step) + h)
-
-
 @part
 def project_one(x, weight, dim, columns, out):
     """out [columns] = x [dim] times weight [dim, columns]."""

@@ -15,7 +15,7 @@ import numpy as np
 from numba.extending import register_jitable
 
 from .compiler import borrower
-from .parts import fill, write
+from .parts import write
 from .simd import LANES, full, load, store
 from .slices import sliced
 from .symmetry_kernels import GROUP, contract, expand, mixed
@@ -60,34 +60,37 @@ def _fold(x, start, positions, classes, orbits, dim, out):
             if e >= 0:
                 s = load(x, start + e * dim + c)
             p, q, r, s = mixed(p, q, r, s, classes)
-            store(out, slot * dim + c, p)
+            store(out, t * dim + c, p)
             if classes > 1:
-                store(out, (slot + 1) * dim + c, q)
+                store(out, (orbits + t) * dim + c, q)
             if classes > 2:
-                store(out, (slot + 2) * dim + c, r)
-                store(out, (slot + 3) * dim + c, s)
+                store(out, (2 * orbits + t) * dim + c, r)
+                store(out, (3 * orbits + t) * dim + c, s)
 
 
 @borrower
 def contract_row(x, start, products, extra, bins, folded, out, to):
-    """V^T x of one row from x[start:] to out[to:]; scratch bins [columns, dim] and folded [slots, dim]."""
+    """V^T x of one row from x[start:] to out[to:]; scratch bins [columns * dim] and folded [slots * dim]."""
     dim, columns = products.dim, products.columns
     _fold(x, start, products.positions, products.classes, products.orbits, dim, folded)
     contract(products.basis, 0, columns, products.classes, folded, products.orbits, dim, bins)
     for c in range(columns):
         if products.source[c] >= 0:
-            write(bins, c * dim, dim, out, to + products.source[c] * dim)
+            for e in range(0, dim, LANES):
+                store(out, to + products.source[c] * dim + e, load(bins, e * columns + c * LANES))
     write(x, start + (products.seqlen - extra) * dim, extra * dim, out, to + products.kept * dim)
 
 
 @borrower
 def expand_row(x, start, products, extra, bins, out, to):
-    """V x of one row's bins from x[start:] to out[to:]; scratch bins [columns, dim]."""
+    """V x of one row's bins from x[start:] to out[to:]; scratch bins [columns * dim]."""
     dim, columns = products.dim, products.columns
-    fill(bins, 0, columns * dim, 0)
     for c in range(columns):
-        if products.source[c] >= 0:
-            write(x, start + products.source[c] * dim, dim, bins, c * dim)
+        for e in range(0, dim, LANES):
+            value = full(bins, 0.0)
+            if products.source[c] >= 0:
+                value = load(x, start + products.source[c] * dim + e)
+            store(bins, e * columns + c * LANES, value)
     for group in range((products.orbits * products.classes + GROUP - 1) // GROUP):
         expand(
             products.basis, 0, columns, products.classes, bins, products.positions, 0, group, products.orbits, dim, out,

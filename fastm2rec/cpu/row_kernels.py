@@ -88,12 +88,12 @@ def _fold_items(ids, start, n, table, taps, width, wide, positions, first, class
                 d = _convolved_item(ids, start, positions[first + slot + 2], n, table, taps, width, wide, c)
                 e = _convolved_item(ids, start, positions[first + slot + 3], n, table, taps, width, wide, c)
             a, b, d, e = mixed(a, b, d, e, classes)
-            store(x, slot * wide + c, a)
+            store(x, t * wide + c, a)
             if classes > 1:
-                store(x, (slot + 1) * wide + c, b)
+                store(x, (orbits + t) * wide + c, b)
             if classes > 2:
-                store(x, (slot + 2) * wide + c, d)
-                store(x, (slot + 3) * wide + c, e)
+                store(x, (2 * orbits + t) * wide + c, d)
+                store(x, (3 * orbits + t) * wide + c, e)
 
 
 @part
@@ -102,15 +102,16 @@ def _gain(bins, columns, gain, offset, start, bias, with_offset, wide):
     for r in range(columns):
         m, o = gain[start + r], offset[start + r] if with_offset else 0
         for c in range(0, wide, LANES):
-            value = m * load(bins, r * wide + c)
+            place = c * columns + r * LANES
+            value = m * load(bins, place)
             if with_offset:
                 value = value + o * load(bias, c)
-            store(bins, r * wide + c, value)
+            store(bins, place, value)
 
 
 @inline
 def transform(ids, start, n, shape, table, filter, spectrum, head, one, wide, x, bins):
-    """A row's bins [columns, E]; x is overwritten. `one` [E] are ones, the taps of no convolution."""
+    """A row's bins; x is overwritten. `one` [E] are ones, the taps of no convolution."""
     inner = shape.placement == INNER
     taps, width = (head.taps, shape.width) if inner else (one, 1)
     orbits = min(spectrum.orbits, n + width - 1)  # an orbit's first position is the smallest

@@ -11,7 +11,8 @@ and V's rows of one position an orbit; V bins has one partial sum for each class
 Where an orbit meets itself (t = 0, n/4, n/2) it has fewer positions: a missing one counts as zero.
 
 With a column of zeros for the sine of frequency 0, the classes take turns: column c is of class c modulo their number.
-A matrix without such a symmetry has orbits of one position. Which it has is read off its values.
+Packed, each class has its columns side by side, so that its products are those of two matrices. A matrix without such a
+symmetry has orbits of one position. Which it has is read off its values.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor
 
 # Values that are equal by symmetry were computed from angles up to a full turn, hence with a few roundings.
 _ROUNDINGS = 16
+ORBITS = 3  # that are expanded at once; their number is rounded up, with orbits of no position
 
 
 class Orbits(NamedTuple):
@@ -81,32 +83,42 @@ def orbits(basis: Tensor) -> Orbits:
 class Symmetry(NamedTuple):
     """The orbits of several bases as the kernels read them; a slot is a place in an orbit, t * classes + place."""
 
-    basis: Tensor  # [spectra, orbits, columns], zeros behind what a basis has
+    basis: Tensor  # [spectra, orbits, columns], class by class, zeros behind what a class has
     counts: Tensor  # [spectra, 2] int64, the numbers of classes and of orbits
     positions: Tensor  # [spectra, slots] int64, the position in each slot, -1 for none
     slots: Tensor  # [spectra, max_len] int64, the slot of each position
-    columns: list[Tensor]  # of each basis, `Orbits.source`
+    columns: list[Tensor]  # of each basis, V's column of each of these; -1 for one of zeros
 
 
 def pack(bases: Tensor, lengths: list[int], multiple: int) -> Symmetry:
-    """Of V [spectra, max_len, R], each over its own length: [.., an even number of orbits, columns % multiple == 0]."""
+    """Of V [spectra, max_len, R], each over its own length; `multiple`, of the columns, is a multiple of four."""
     found = [orbits(basis[:length]) for basis, length in zip(bases, lengths, strict=True)]
-    columns = -(-max(one.rows.shape[1] for one in found) // multiple) * multiple
-    count = max(len(one.rows) for one in found)
-    count += count % 2
-    size = max((len(one.rows) + len(one.rows) % 2) * one.positions.shape[1] for one in found)
+    columns = max(_whole(one.rows.shape[1], multiple) for one in found)
+    count = max(_whole(len(one.rows), ORBITS) for one in found)
+    size = max(_whole(len(one.rows), ORBITS) * one.positions.shape[1] for one in found)
     packed = bases.new_zeros(len(found), count, columns)
     positions = torch.full((len(found), size), -1)
     slots = torch.full((len(found), bases.shape[1]), -1)
     for i, one in enumerate(found):
-        packed[i, : len(one.rows), : one.rows.shape[1]] = one.rows
+        packed[i, : len(one.rows)] = _by_class(one.rows, one, columns, 0)
         flat = one.positions.flatten()
         positions[i, : len(flat)] = flat
         there = (flat >= 0).nonzero().squeeze(1)
         slots[i, flat[there]] = there
     counts = torch.tensor([[one.positions.shape[1], len(one.positions)] for one in found])
-    sources = [F.pad(one.source, (0, columns - len(one.source)), value=-1) for one in found]
+    sources = [_by_class(one.source, one, columns, -1) for one in found]
     return Symmetry(packed, counts, positions, slots, sources)
+
+
+def _whole(count: int, multiple: int) -> int:
+    """`count` rounded up to a multiple."""
+    return -(-count // multiple) * multiple
+
+
+def _by_class(x: Tensor, one: Orbits, columns: int, value: int) -> Tensor:
+    """[..., columns of `one`] to [..., columns], class by class, with `value` behind them."""
+    padded = F.pad(x, (0, columns - x.shape[-1]), value=value)
+    return padded.unflatten(-1, (-1, one.positions.shape[1])).transpose(-1, -2).flatten(-2)
 
 
 def reordered(x: Tensor, columns: list[Tensor]) -> Tensor:

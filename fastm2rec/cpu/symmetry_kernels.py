@@ -1,20 +1,23 @@
 """Products with a basis by its orbits (`symmetry.py`), on arrays as `parts.py` says.
 
-With G classes, slot t G + i is place i of orbit t, and s[g, i] the sign of class g there:
+With G classes, slot t G + i is place i of orbit t, s[g, i] the sign of class g there, and V_g the columns of class g:
 
-    fold:      f[t, g] = sum_i s[g, i] x[t, i]
-    contract:  bins[c] = sum_t V[t, c] f[t, c mod G]
-    expand:    x[t, i] = sum_g s[g, i] sum_{c mod G = g} V[t, c] bins[c]
+    fold:      f[g, t] = sum_i s[g, i] x[t, i]
+    contract:  bins_g = V_g^T f_g
+    expand:    x[t, i] = sum_g s[g, i] (V_g bins_g)[t]
+
+bins are [tiles, columns, LANES], so that a tile of channels is in one piece: apart by all channels, its rows would fall
+on a quarter of the first-level cache's sets.
 """
 
 from __future__ import annotations
 
 from .compiler import inline, part
-from .parts import ROWS, accumulate_products, fill
 from .simd import LANES, at, full, load, store
+from .tiles import multiply
 
-BLOCK = 32  # orbits whose products are summed before they are added to the others: long sums lose less
-GROUP = 64  # slots that are expanded together
+BLOCK = 64  # orbits whose products are summed before they are added to the others: long sums lose less
+GROUP = 48  # slots that are expanded together, a multiple of 4 * ORBITS
 
 
 @inline
@@ -30,28 +33,17 @@ def mixed(a, b, c, d, classes):
 
 @part
 def contract(basis, start, columns, classes, folded, orbits, wide, bins):
-    """bins [columns, E] = V^T x from the fold of x, [slots, E], over the first `orbits`; V from basis[start:]."""
-    fill(bins, 0, columns * wide, 0)
-    second, third, fourth = 1 % classes * wide, 2 % classes * wide, 3 % classes * wide
+    """bins = V^T x from the fold of x, [classes, orbits, E]; V from basis[start:]."""
+    each = columns // classes
     for first in range(0, orbits, BLOCK):
-        last = min(first + BLOCK, orbits)
-        for c in range(0, wide, LANES):
-            for k in range(0, columns, ROWS):
-                a = b = d = e = f = g = h = i = full(bins, 0.0)
-                for t in range(first, last):
-                    row = t * classes * wide + c
-                    p, q = load(folded, row), load(folded, row + second)
-                    r, s = load(folded, row + third), load(folded, row + fourth)
-                    place = start + t * columns + k
-                    a = a + at(basis, place) * p
-                    b = b + at(basis, place + 1) * q
-                    d = d + at(basis, place + 2) * r
-                    e = e + at(basis, place + 3) * s
-                    f = f + at(basis, place + 4) * p
-                    g = g + at(basis, place + 5) * q
-                    h = h + at(basis, place + 6) * r
-                    i = i + at(basis, place + 7) * s
-                accumulate_products(bins, k * wide + c, wide, a, b, d, e, f, g, h, i)
+        depth = min(BLOCK, orbits - first)
+        for g in range(classes):
+            for c in range(0, wide, LANES):
+                multiply(
+                    basis, start + first * columns + g * each, 1, columns, each,
+                    folded, (g * orbits + first) * wide + c, wide, LANES, depth,
+                    bins, c * columns + g * each * LANES, LANES, first > 0,
+                )  # fmt: skip
 
 
 @inline
@@ -62,7 +54,7 @@ def _put(x, start, position, wide, value):
 
 @inline
 def _spread(x, start, positions, slot, wide, classes, a, b, c, d):
-    """From four sums, of every fourth column each, to the positions of an orbit."""
+    """From the sums of the columns' quarters, each of one class, to the positions of an orbit."""
     if classes == 4:
         p, q, r, s = a + b, a - b, c + d, c - d
         _put(x, start, at(positions, slot), wide, p + r)
@@ -70,31 +62,35 @@ def _spread(x, start, positions, slot, wide, classes, a, b, c, d):
         _put(x, start, at(positions, slot + 2), wide, p - r)
         _put(x, start, at(positions, slot + 3), wide, q + s)
     elif classes == 2:
-        _put(x, start, at(positions, slot), wide, (a + c) + (b + d))
-        _put(x, start, at(positions, slot + 1), wide, (a + c) - (b + d))
+        _put(x, start, at(positions, slot), wide, (a + b) + (c + d))
+        _put(x, start, at(positions, slot + 1), wide, (a + b) - (c + d))
     else:
-        _put(x, start, at(positions, slot), wide, (a + c) + (b + d))
+        _put(x, start, at(positions, slot), wide, (a + b) + (c + d))
 
 
 @part
 def expand(basis, start, columns, classes, bins, positions, place, group, orbits, wide, x, to):
     """x = V bins at the positions of one group of slots, to x[to:]; they are those at positions[place:]."""
     first, last = group * GROUP // classes, min((group + 1) * GROUP // classes, orbits)
+    quarter = columns // 4
     for c in range(0, wide, LANES):
-        for t in range(first, last, 2):
-            p, q = start + t * columns, start + (t + 1) * columns
-            a = b = d = e = f = g = h = i = full(x, 0.0)
-            for k in range(0, columns, 4):
-                v, w = load(bins, k * wide + c), load(bins, (k + 1) * wide + c)
-                y, z = load(bins, (k + 2) * wide + c), load(bins, (k + 3) * wide + c)
-                a = a + at(basis, p + k) * v
-                b = b + at(basis, p + k + 1) * w
-                d = d + at(basis, p + k + 2) * y
-                e = e + at(basis, p + k + 3) * z
-                f = f + at(basis, q + k) * v
-                g = g + at(basis, q + k + 1) * w
-                h = h + at(basis, q + k + 2) * y
-                i = i + at(basis, q + k + 3) * z
+        for t in range(first, last, 3):
+            p = start + t * columns
+            q, r = p + columns, p + 2 * columns
+            a0 = b0 = d0 = e0 = a1 = b1 = d1 = e1 = a2 = b2 = d2 = e2 = full(x, 0.0)
+            for k in range(quarter):
+                v = load(bins, c * columns + k * LANES)
+                a0, a1, a2 = a0 + at(basis, p + k) * v, a1 + at(basis, q + k) * v, a2 + at(basis, r + k) * v
+                k += quarter
+                v = load(bins, c * columns + k * LANES)
+                b0, b1, b2 = b0 + at(basis, p + k) * v, b1 + at(basis, q + k) * v, b2 + at(basis, r + k) * v
+                k += quarter
+                v = load(bins, c * columns + k * LANES)
+                d0, d1, d2 = d0 + at(basis, p + k) * v, d1 + at(basis, q + k) * v, d2 + at(basis, r + k) * v
+                k += quarter
+                v = load(bins, c * columns + k * LANES)
+                e0, e1, e2 = e0 + at(basis, p + k) * v, e1 + at(basis, q + k) * v, e2 + at(basis, r + k) * v
             slot = place + t * classes
-            _spread(x, to + c, positions, slot, wide, classes, a, b, d, e)
-            _spread(x, to + c, positions, slot + classes, wide, classes, f, g, h, i)
+            _spread(x, to + c, positions, slot, wide, classes, a0, b0, d0, e0)
+            _spread(x, to + c, positions, slot + classes, wide, classes, a1, b1, d1, e1)
+            _spread(x, to + c, positions, slot + 2 * classes, wide, classes, a2, b2, d2, e2)

@@ -26,7 +26,7 @@ def products(rows: int, columns: int) -> Any:
     """The intrinsic whose tile has so many rows and columns, these a multiple of HALF.
 
     The sum over k < depth of a[from_ + i a_row + k a_step] b[at + k b_step + j] goes to out[to + i out_row + j], or, if
-    `more`, is added to it.
+    `more`, is added to it: the sums of a few long products lose less than one long sum.
     """
     vectors = columns // HALF
 
@@ -49,16 +49,9 @@ def products(rows: int, columns: int) -> Any:
 
             sums = [[cgutils.alloca_once(builder, vector) for _ in range(vectors)] for _ in range(rows)]
             zero = ir.Constant(vector, [0.0] * HALF)
-            with builder.if_else(more) as (then, otherwise):
-                with then:
-                    for i in range(rows):
-                        for j in range(vectors):
-                            before = aligned(builder.load(place(kinds[8], out, to, i, out_row, j)))
-                            builder.store(before, sums[i][j])
-                with otherwise:
-                    for i in range(rows):
-                        for j in range(vectors):
-                            builder.store(zero, sums[i][j])
+            for i in range(rows):
+                for j in range(vectors):
+                    builder.store(zero, sums[i][j])
             with cgutils.for_range(builder, depth) as loop:
                 along_a = builder.add(from_, builder.mul(loop.index, a_step))
                 along_b = builder.add(at, builder.mul(loop.index, b_step))
@@ -73,6 +66,11 @@ def products(rows: int, columns: int) -> Any:
                     for j in range(vectors):
                         term = builder.fmul(left, right[j], flags=("contract",))
                         builder.store(builder.fadd(builder.load(sums[i][j]), term, flags=("contract",)), sums[i][j])
+            with builder.if_then(more):
+                for i in range(rows):
+                    for j in range(vectors):
+                        before = aligned(builder.load(place(kinds[8], out, to, i, out_row, j)))
+                        builder.store(builder.fadd(before, builder.load(sums[i][j])), sums[i][j])
             for i in range(rows):
                 for j in range(vectors):
                     aligned(builder.store(builder.load(sums[i][j]), place(kinds[8], out, to, i, out_row, j)))
@@ -86,7 +84,7 @@ def products(rows: int, columns: int) -> Any:
 
 def _covering(columns: int) -> Any:
     """What covers so many columns of a product, and any number of its rows."""
-    tile, row = products(ROWS, columns), products(1, columns)
+    tile, four, two, row = (products(rows, columns) for rows in (ROWS, 4, 2, 1))
 
     @borrower
     def cover(a, from_, a_row, a_step, rows, b, at, b_step, depth, out, to, out_row, more):
@@ -94,9 +92,14 @@ def _covering(columns: int) -> Any:
         while i + ROWS <= rows:
             tile(a, from_ + i * a_row, a_row, a_step, b, at, b_step, depth, out, to + i * out_row, out_row, more)
             i += ROWS
-        while i < rows:
+        if i + 4 <= rows:
+            four(a, from_ + i * a_row, a_row, a_step, b, at, b_step, depth, out, to + i * out_row, out_row, more)
+            i += 4
+        if i + 2 <= rows:
+            two(a, from_ + i * a_row, a_row, a_step, b, at, b_step, depth, out, to + i * out_row, out_row, more)
+            i += 2
+        if i < rows:
             row(a, from_ + i * a_row, a_row, a_step, b, at, b_step, depth, out, to + i * out_row, out_row, more)
-            i += 1
 
     return cover
 
