@@ -1,8 +1,8 @@
 """Whether a check may read the values of a tensor: on a CPU that is free, on a GPU the host waits for it.
 
 On a GPU the caller therefore vouches for ids, lengths and offsets. Wrong ones give wrong results, but the kernels take
-the nearest that is in range and read nothing else. With FASTM2REC_CHECK=1 in the environment they are checked there
-too, at the cost of a wait for every op.
+values in range for them (padding, or the nearest) and read nothing outside of a tensor. With FASTM2REC_CHECK=1 in the
+environment they are checked there too, at the cost of a wait for every op.
 """
 
 from __future__ import annotations

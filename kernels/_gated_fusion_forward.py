@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ._common import Arithmetic, load_ids, sigmoid
+from ._common import Arithmetic, sigmoid
 
 
 class Blocks(NamedTuple):
@@ -108,9 +108,10 @@ def load_vector(x_ptr, cols, inside, stride, ACC: tl.constexpr):
 
 @triton.jit
 def find_text(ids_ptr, rows, here, table_rows, stride_ids, GATHER: tl.constexpr):
-    """Which row of the text belongs to each row of h."""
+    """Which row of the text belongs to each row of h. An id outside the table is moved into it, to its nearest row."""
     if GATHER:
-        return load_ids(ids_ptr, rows * stride_ids, here, table_rows)
+        ids = tl.load(ids_ptr + rows * stride_ids, mask=here, other=0).to(tl.int64)
+        return tl.minimum(tl.maximum(ids, 0), table_rows - 1)
     return rows
 
 

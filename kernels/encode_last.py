@@ -6,7 +6,7 @@ Scratch is what a program writes for itself: the row's columns P [R, E], and C B
 z where the filter comes before in_proj, as z then needs a sum over the row. With more columns P and u [B, L, E] go
 through memory (`_encode_last_rows`); step sizes, B and the exponentials still do not.
 
-Nobody has looked at ids and lengths on a GPU: one that is out of range counts as the nearest that is not, and no
+Nobody has looked at ids and lengths on a GPU: an id out of range counts as padding, a length as the nearest one, and no
 program reads outside of a tensor.
 """
 
@@ -211,7 +211,7 @@ def _nodes(folded: Any) -> Nodes | None:
 def encode_last(item_ids: Tensor, lengths: Tensor, folded: Any) -> Tensor:
     """As `fastm2rec.reference.encode_last.encode_last`, with `folded.exponentials` in `folded.splits` parts of a row.
 
-    An id or a length that is out of range counts as the nearest that is not.
+    An id that is out of range counts as padding, a length as the nearest one.
 
     Raises:
         ValueError: more channels or states than a program holds, or nodes asked for whose error is too large.

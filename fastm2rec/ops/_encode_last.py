@@ -30,7 +30,8 @@ def encode_last(item_ids: Tensor, lengths: Tensor, folded: Folded, *, impl: str 
 
     Raises:
         TypeError, ValueError: a tensor of the wrong dtype, device or shape, or values out of range (checked on a GPU
-            with FASTM2REC_CHECK=1 only, and not in compiled graphs; Triton's kernels take the nearest otherwise).
+            with FASTM2REC_CHECK=1 only, and not in compiled graphs; otherwise Triton's kernels take padding for a
+            wrong id, and the nearest length).
         RuntimeError: folded weights that require a gradient, under grad mode.
         ImplementationError: `impl` cannot run here.
     """
