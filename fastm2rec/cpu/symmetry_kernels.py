@@ -70,7 +70,10 @@ def _spread(x, start, positions, slot, wide, classes, a, b, c, d):
 
 @part
 def expand(basis, start, columns, classes, bins, positions, place, group, orbits, wide, x, to):
-    """x = V bins at the positions of one group of slots, to x[to:]; they are those at positions[place:]."""
+    """x = V bins at the positions of one group of slots, to x[to:]; they are those at positions[place:].
+
+    By as many orbits at a time as `symmetry.ORBITS` says.
+    """
     first, last = group * GROUP // classes, min((group + 1) * GROUP // classes, orbits)
     quarter = columns // 4
     for c in range(0, wide, LANES):

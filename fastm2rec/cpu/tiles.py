@@ -26,7 +26,7 @@ def products(rows: int, columns: int) -> Any:
     """The intrinsic whose tile has so many rows and columns, these a multiple of HALF.
 
     The sum over k < depth of a[from_ + i a_row + k a_step] b[at + k b_step + j] goes to out[to + i out_row + j], or, if
-    `more`, is added to it: the sums of a few long products lose less than one long sum.
+    `more`, is added to it when it is complete: several shorter sums lose less than one long one.
     """
     vectors = columns // HALF
 
