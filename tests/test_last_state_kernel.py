@@ -174,8 +174,8 @@ def test_padding_is_not_read(device: torch.device) -> None:
 
 
 def test_lengths_that_nobody_checked_are_kept_within_the_row(device: torch.device) -> None:
-    inputs, dy = _on(_inputs(2, 16, 5, 3), device), torch.randn(2, 16, device=device)
-    wrong, kept = (torch.tensor(lengths, device=device) for lengths in ([-7, 99], [1, 5]))
+    inputs, dy = _on(_inputs(4, 16, 5, 3), device), torch.randn(4, 16, device=device)
+    wrong, kept = (torch.tensor(lengths, device=device) for lengths in ([-7, 99, 2**40 + 2, -(2**40)], [1, 5, 5, 1]))
     got, expected = (gradients(_function(last_state, lengths), inputs, dy) for lengths in (wrong, kept))
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     how = {"exponentials": "nodes", "nodes": fit_nodes(inputs[2]), "splits": 2}

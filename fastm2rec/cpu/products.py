@@ -13,8 +13,8 @@ from .arrays import as_flat
 from .threads import run
 
 # Elements of V from which its orbits are the faster way. On one thread of an Intel Xeon, at 128 channels, those of
-# 50 x 11 take 1.1 to 1.3 times as long as V itself, of 100 x 21 0.8 to 0.95, of 200 x 41 0.6 to 0.65 times. Of the
-# faster one, torch's own products take 1.3 to 2.3 times the time (on an AMD EPYC, at 64 channels).
+# 50 x 11 take 1.1 to 1.3 times as long as V itself, of 100 x 21 0.8 to 0.95, of 200 x 41 0.6 to 0.65 times. Torch's own
+# products take 0.7 to 0.8, 0.9 to 1.0 and 1.5 times as long as the faster of the two.
 LEAST = 2000
 MULTIPLY_ADDS = 2_000_000  # of a slice: about a tenth of a millisecond
 

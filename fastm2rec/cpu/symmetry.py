@@ -25,7 +25,7 @@ from torch import Tensor
 
 # Values that are equal by symmetry were computed from angles up to a full turn, hence with a few roundings.
 _ROUNDINGS = 16
-ORBITS = 3  # that are expanded at once; their number is rounded up, with orbits of no position
+ORBITS = 3  # that `symmetry_kernels.expand` does at once; their number is rounded up, with orbits of no position
 
 
 class Orbits(NamedTuple):

@@ -14,10 +14,11 @@ from __future__ import annotations
 
 from .compiler import inline, part
 from .simd import LANES, at, full, load, store
+from .symmetry import ORBITS
 from .tiles import multiply
 
 BLOCK = 64  # orbits whose products are summed before they are added to the others: long sums lose less
-GROUP = 48  # slots that are expanded together, a multiple of 4 * ORBITS
+GROUP = 16 * ORBITS  # slots that are expanded together: whole orbits of any kind, ORBITS at a time
 
 
 @inline
@@ -70,14 +71,11 @@ def _spread(x, start, positions, slot, wide, classes, a, b, c, d):
 
 @part
 def expand(basis, start, columns, classes, bins, positions, place, group, orbits, wide, x, to):
-    """x = V bins at the positions of one group of slots, to x[to:]; they are those at positions[place:].
-
-    By as many orbits at a time as `symmetry.ORBITS` says.
-    """
+    """x = V bins at the positions of one group of slots, to x[to:]; they are those at positions[place:]."""
     first, last = group * GROUP // classes, min((group + 1) * GROUP // classes, orbits)
     quarter = columns // 4
     for c in range(0, wide, LANES):
-        for t in range(first, last, 3):
+        for t in range(first, last, ORBITS):
             p = start + t * columns
             q, r = p + columns, p + 2 * columns
             a0 = b0 = d0 = e0 = a1 = b1 = d1 = e1 = a2 = b2 = d2 = e2 = full(x, 0.0)
