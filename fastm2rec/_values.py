@@ -22,3 +22,9 @@ def readable(tensor: Tensor) -> bool:
     if tensor.is_cuda:
         return os.environ.get(CHECK) == "1" and not torch.cuda.is_current_stream_capturing()
     return True
+
+
+def extremes(tensor: Tensor) -> tuple[int, int]:
+    """The least and the greatest value. As Python's numbers: comparing tensors takes longer than finding them."""
+    low, high = torch.aminmax(tensor)
+    return int(low), int(high)

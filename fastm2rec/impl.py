@@ -15,6 +15,8 @@ from typing import Any
 
 import torch
 
+from . import cpu
+
 AUTO = "auto"
 
 
@@ -123,9 +125,7 @@ def _mamba_ssm() -> dict[str, Callable[..., Any]]:
 
 
 def _cpu_lacks(device: str) -> str | None:
-    from .cpu import missing
-
-    return "the numba engine runs on CPUs only" if torch.device(device).type != "cpu" else missing()
+    return cpu.missing() if device.startswith("cpu") else "the numba engine runs on CPUs only"
 
 
 _HAS_TRITON = importlib.util.find_spec("triton") is not None  # here, as torch.compile could not trace the search

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,18 +30,27 @@ def empty_array(size: int, dtype: torch.dtype) -> np.ndarray:
 _kept: defaultdict[tuple[torch.dtype, str], list[np.ndarray]] = defaultdict(list)
 
 
-@contextmanager
-def scratch(size: int, dtype: torch.dtype, use: str = "slice") -> Iterator[np.ndarray]:
+class scratch:  # noqa: N801 (it reads as a function; a generator's context manager takes three times as long)
     """Memory for one slice, or for another use; it is kept for the next that has the same.
 
     The system's pages of a new one can cost more than the work.
     """
-    kept = _kept[dtype, use]
-    try:
-        array = kept.pop()
-    except IndexError:
-        array = empty_array(size, dtype)
-    if array.size < size:
-        array = empty_array(size, dtype)
-    yield array
-    kept.append(array)
+
+    __slots__ = ("_array", "_kept", "_wanted")
+
+    def __init__(self, size: int, dtype: torch.dtype, use: str = "slice") -> None:
+        self._wanted, self._kept = (size, dtype), _kept[dtype, use]
+
+    def __enter__(self) -> np.ndarray:
+        size, dtype = self._wanted
+        try:
+            self._array = self._kept.pop()
+        except IndexError:
+            self._array = empty_array(size, dtype)
+        if self._array.size < size:
+            self._array = empty_array(size, dtype)
+        return self._array
+
+    def __exit__(self, failed: object, *_: object) -> None:
+        if failed is None:
+            self._kept.append(self._array)

@@ -193,8 +193,13 @@ def _scan_row(ids, start, n, shape, table, filter, head, w, transposed, one, x, 
 
 
 @sliced
-def encode(first, last, scratch, ids, lengths, out, seqlen, shape, tables, filter, head, weights, transposed, eps):
-    """The queries [batch, d_model] of the rows from `first` to before `last`; NaN where one is not sound."""
+def encode(
+    first, last, scratch, ids, lengths, out, unsound, seqlen, shape, tables, filter, head, weights, transposed, eps
+):  # fmt: skip
+    """The queries [batch, d_model] of the rows from `first` to before `last`.
+
+    NaN where one is not sound; then `unsound` [1] becomes 1.
+    """
     wide, d = padded(shape.dim), padded(shape.d_model)
     w = as_weights(weights, shape.dim, shape.dstate, shape.dt_rank)
     x, scratch = scratch[: shape.slots * wide], scratch[shape.slots * wide :]
@@ -219,6 +224,7 @@ def encode(first, last, scratch, ids, lengths, out, seqlen, shape, tables, filte
             last_ids[i] = 0
             if not _known(ids, start, n, seqlen, shape.n_items):
                 fill(y, i * wide, (i + 1) * wide, np.nan)
+                unsound[0] = 1
                 continue
             last_ids[i] = ids[start + n - 1]
             _scan_row(ids, start, n, shape, tables.u, filter, head, w, transposed, one, x, bins, done, u, scan)

@@ -6,8 +6,10 @@ import dataclasses
 import os
 import threading
 import weakref
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,12 +29,12 @@ _packed: weakref.WeakKeyDictionary[Folded, Packed] = weakref.WeakKeyDictionary()
 
 
 class Packed(NamedTuple):
-    """A `Folded` as the kernel reads it: shape, tables, filter, head, the scan's weights; see `encode_kernels.py`."""
+    """A `Folded` as the kernel takes it, `arguments` being those that are the same in every call."""
 
+    kernel: Any
+    arguments: tuple[Any, ...]
     shape: Any
-    model: tuple[Any, ...]
     scan: Any
-    eps: Any
     scratch: int
     dtype: torch.dtype
 
@@ -150,7 +152,8 @@ def _pack(folded: Folded) -> Packed:
     projections = torch.cat([folded.step_down, folded.B_weight, folded.C_weight], dim=1).mT
     scan = pack(projections, folded.step_up.mT, folded.step_bias, folded.A.mT, folded.D, dtype)
     eps = torch.tensor(folded.eps, dtype=dtype).numpy()[()]  # of the kernel's dtype, so that it computes in that
-    return Packed(shape, (tables, filter, head), scan, eps, kernels.scratch_size(shape), dtype)
+    arguments = (shape, tables, filter, head, scan.weights, scan.transposed, eps)
+    return Packed(kernels.encode, arguments, shape, scan, kernels.scratch_size(shape), dtype)
 
 
 def _forget_lock() -> None:
@@ -182,15 +185,34 @@ def encode_last(item_ids: Tensor, lengths: Tensor, folded: Folded) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return reference(item_ids, lengths, folded, scan=last_scan)
-    from . import encode_kernels as kernels
+    return _encode(item_ids, lengths, folded)[0]
 
+
+def encode_checked(
+    item_ids: Tensor, lengths: Tensor, folded: Folded, explain: Callable[[Tensor, Tensor, Folded], None]
+) -> Tensor:
+    """The same; if a row is not sound, the error that `explain` raises.
+
+    The kernel reads all values anyhow: for one short row, checks before it would take as long as the rest.
+    """
+    out, sound = _encode(item_ids, lengths, folded)
+    if not sound:
+        explain(item_ids, lengths, folded)
+    return out
+
+
+encode_last.checked = encode_checked  # type: ignore[attr-defined] # what the op takes where it may raise
+
+
+def _encode(item_ids: Tensor, lengths: Tensor, folded: Folded) -> tuple[Tensor, bool]:
+    """The queries, and whether all rows are sound."""
     model = packed(folded)
     batch, seqlen = item_ids.shape
     out = torch.empty(batch, model.shape.d_model, dtype=model.dtype)
+    unsound = np.zeros(1, np.int64)
     arguments = (
-        as_flat(item_ids, torch.int64), as_flat(lengths, torch.int64), as_flat(out, model.dtype), seqlen, model.shape,
-        *model.model, model.scan.weights, model.scan.transposed, model.eps,
+        as_flat(item_ids, torch.int64), as_flat(lengths, torch.int64), out.numpy().reshape(-1), unsound, seqlen,
+        *model.arguments,
     )  # fmt: skip
-    grain = scan_grain(model.scan, seqlen, model.shape.stride)
-    run(kernels.encode, arguments, batch, grain, model.scratch, model.dtype)
-    return out.to(folded.dtype)
+    run(model.kernel, arguments, batch, scan_grain(model.scan, seqlen, model.shape.stride), model.scratch, model.dtype)
+    return out if out.dtype == folded.dtype else out.to(folded.dtype), not unsound[0]

@@ -58,13 +58,17 @@ def run(kernel: Any, arguments: tuple[Any, ...], count: int, grain: int, size: i
     """
     if count == 0:
         return
-    from .slices import Schedule, openmp
-
     threads = torch.get_num_threads()
     step = max(grain, -(-count // (SLICES * threads)))
     threads = min(threads, -(-count // step))
     size = -(-size // LINE) * LINE
-    native = threads == 1 or (openmp() and not _forked)
+    if threads == 1:
+        with scratch(size, dtype) as memory:
+            kernel(np.zeros(2, np.int64), memory, size, count, step, 1, *arguments)
+        return
+    from .slices import Schedule, openmp
+
+    native = openmp() and not _forked
     with scratch(threads * size, dtype) as memory:
         schedule = Schedule(np.zeros(2, np.int64), memory, size, count, step, threads if native else 1)
         call = functools.partial(kernel, *schedule, *arguments)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._values import readable
+from .._values import extremes, readable
 
 
 def expect_shape(name: str, tensor: Tensor, shape: tuple[int | str, ...], sizes: dict[str, int]) -> None:
@@ -31,14 +31,23 @@ def expect_alike(first: str, tensor: Tensor, others: dict[str, Tensor | None]) -
 
 def expect_lengths(lengths: Tensor, batch: int, seqlen: int, like: Tensor) -> None:
     """Check that there is an integer from 1 to `seqlen` for each row, on the device of `like`."""
+    expect_row_integers(lengths, batch, like)
+    if batch and readable(lengths):
+        expect_length_values(lengths, seqlen)
+
+
+def expect_row_integers(lengths: Tensor, batch: int, like: Tensor) -> None:
+    """`expect_lengths` but for the values."""
     if lengths.is_floating_point() or lengths.dtype == torch.bool or lengths.shape != (batch,):
         raise ValueError(
             f"lengths: expected {batch} integers (shape [{batch}]), got {lengths.dtype} of shape {list(lengths.shape)}"
         )
     if lengths.device != like.device:
         raise ValueError(f"lengths: expected device {like.device}, got {lengths.device}")
-    if batch == 0 or not readable(lengths):
-        return
-    low, high = torch.aminmax(lengths)
+
+
+def expect_length_values(lengths: Tensor, seqlen: int) -> None:
+    """The values that `expect_lengths` reads."""
+    low, high = extremes(lengths)
     if low < 1 or high > seqlen:
-        raise ValueError(f"lengths: expected values from 1 to {seqlen}, got {int(low)} to {int(high)}")
+        raise ValueError(f"lengths: expected values from 1 to {seqlen}, got {low} to {high}")

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .._values import readable
+from .._values import extremes, readable
 from ..impl import AUTO, resolve
-from ._checks import expect_lengths
+from ._checks import expect_length_values, expect_row_integers
 
 if TYPE_CHECKING:
     from ..folded import Folded
@@ -41,14 +41,23 @@ def encode_last(item_ids: Tensor, lengths: Tensor, folded: Folded, *, impl: str 
         raise ValueError(f"item_ids: expected shape [B, 1..{folded.max_len}], got {list(item_ids.shape)}")
     if item_ids.device != folded.device:
         raise ValueError(f"item_ids: expected device {folded.device}, that of the weights, got {item_ids.device}")
-    expect_lengths(lengths, item_ids.shape[0], item_ids.shape[1], item_ids)
+    expect_row_integers(lengths, item_ids.shape[0], item_ids)
     if torch.is_grad_enabled() and folded.requires_grad:
         raise RuntimeError("encode_last is for inference and has no gradient; train with M2Rec.encode")
-    if item_ids.numel() and readable(item_ids):
-        low, high = torch.aminmax(item_ids)
-        if low < 1 or high > folded.n_items:  # what stands in the padding may be anything
-            real = torch.arange(item_ids.shape[1], device=item_ids.device) < lengths.unsqueeze(1)
-            low, high = torch.aminmax(item_ids[real])
-        if low < 1 or high > folded.n_items:
-            raise ValueError(f"item_ids: expected ids from 1 to {folded.n_items}, got {int(low)} to {int(high)}")
-    return resolve("encode_last", impl, item_ids.device)(item_ids.long(), lengths.long(), folded)
+    encode = resolve("encode_last", impl, item_ids.device)
+    checked = None if torch.compiler.is_compiling() else getattr(encode, "checked", None)
+    if checked is not None:
+        return checked(item_ids, lengths, folded, _expect_values)
+    if item_ids.shape[0] and readable(item_ids):
+        _expect_values(item_ids, lengths, folded)
+    return encode(item_ids.long(), lengths.long(), folded)
+
+
+def _expect_values(item_ids: Tensor, lengths: Tensor, folded: Folded) -> None:
+    expect_length_values(lengths, item_ids.shape[1])
+    low, high = extremes(item_ids)
+    if low < 1 or high > folded.n_items:  # what stands in the padding may be anything
+        real = torch.arange(item_ids.shape[1], device=item_ids.device) < lengths.unsqueeze(1)
+        low, high = extremes(item_ids[real])
+    if low < 1 or high > folded.n_items:
+        raise ValueError(f"item_ids: expected ids from 1 to {folded.n_items}, got {low} to {high}")
