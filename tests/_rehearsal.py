@@ -30,10 +30,15 @@ aten = torch.ops.aten
 
 
 class Rehearsal:
-    """What ran: `launched` counts kernels by name; `copies` are the places where data went from device to device."""
+    """What ran.
+
+    `launched` counts kernels by name, `dtypes` has those of its tensors at a kernel's last launch, and `copies` are the
+    places where data went from device to device.
+    """
 
     def __init__(self) -> None:
         self.launched: Counter[str] = Counter()
+        self.dtypes: dict[str, list[torch.dtype]] = {}
         self.copies: list[str] = []
         self._mode = FakeTensorMode()
 
@@ -64,6 +69,7 @@ class Rehearsal:
         assert not elsewhere, f"{kernel} was given tensors on {elsewhere}"
         assert all(isinstance(size, int) and size >= 1 for size in grid), f"{kernel}: the grid is {grid}"
         self.launched[kernel] += 1
+        self.dtypes[kernel] = [x.dtype for x in arguments if isinstance(x, Tensor)]
 
 
 class _Operations(TorchDispatchMode):

@@ -128,6 +128,10 @@ def test_training(form: str, amp: bool, gpu: Rehearsal) -> None:
     train(form, amp, gpu)
     assert any("bwd" in name or "backward" in name for name in gpu.launched)
     assert not gpu.copies
+    # The first tensor of each is what the encoder hands on from op to op.
+    for name in ("fused_kernel", "analyse_kernel", "last_state_exact_kernel", "_forward_kernel"):
+        if name in gpu.dtypes:
+            assert gpu.dtypes[name][0] == (torch.bfloat16 if amp else torch.float32), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..impl import AUTO, resolve
+from ._autocast import as_autocast
 from ._checks import expect_alike, expect_shape
 
 # From this many basis columns on, `spectral_projection_fft` should be the faster one for the padded Fourier spectrum.
@@ -48,7 +49,8 @@ def spectral_projection(
         impl: which implementation.
 
     Returns:
-        [B, L, C_out], dtype of x.
+        [B, L, C_out], dtype of x; under autocast on a GPU float32 tensors but the basis and the mask are taken in
+        autocast's dtype, as by torch's own matrix products.
 
     Raises:
         TypeError, ValueError: a tensor of the wrong dtype, device or shape, or one without the other that it needs; the
@@ -91,6 +93,8 @@ def spectral_projection(
                 f"got {list(mask.shape)}"
             )
     function = resolve("spectral_projection", impl, x.device)
+    x, weight, bias, conv_weight, conv_bias = as_autocast(x, weight, bias, conv_weight, conv_bias)
+    assert x is not None
     return function(
         x, basis, mask, weight, bias,
         conv_weight=conv_weight, conv_bias=conv_bias, conv_first=conv_first, activation=activation,
