@@ -57,6 +57,8 @@ class GraphedEncoder:
 class _Graph:
     """One captured shape, with its buffers; `run` takes turns."""
 
+    @torch.inference_mode(False)  # who makes it may be in that mode, who uses it later not
+    @torch.no_grad()
     def __init__(self, model: FoldedM2Rec, rows: int, slots: int) -> None:
         device = model.folded.device
         self._lock = threading.Lock()

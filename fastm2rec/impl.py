@@ -24,6 +24,22 @@ class ImplementationError(RuntimeError):
     """The implementation that was asked for does not exist, or cannot run here."""
 
 
+def _on_their_device(functions: dict[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
+    """Each with the device of its first tensor as the current one, where Triton launches whatever it is given."""
+
+    def guarded(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(x: torch.Tensor, *rest: Any, **options: Any) -> Any:
+            # A compiled graph sees to it itself.
+            if not x.is_cuda or torch.compiler.is_compiling() or torch.cuda.device_count() < 2:
+                return function(x, *rest, **options)
+            with torch.cuda.device(x.device):
+                return function(x, *rest, **options)
+
+        return call
+
+    return {name: guarded(function) for name, function in functions.items()}
+
+
 def _with_filter(functions: dict[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
     """And `filtered_last_scan`, as the two steps that it has."""
     from .reference.filtered_last_scan import filtered_last_scan
@@ -94,18 +110,20 @@ def _triton() -> dict[str, Callable[..., Any]]:
     from .reference.last_scan import last_scan
 
     return _with_filter(
-        {
-            "causal_conv1d": causal_conv1d,
-            "cross_entropy": cross_entropy,
-            "embed_norm": embed_norm,
-            "encode_last": encode_last,
-            "gated_fusion": gated_fusion,
-            "last_scan": partial(last_scan, scan=last_state),
-            "last_state": last_state,
-            "selective_scan": selective_scan,
-            "spectral_projection": spectral_projection,
-            "spectral_projection_fft": spectral_projection_fft,
-        }
+        _on_their_device(
+            {
+                "causal_conv1d": causal_conv1d,
+                "cross_entropy": cross_entropy,
+                "embed_norm": embed_norm,
+                "encode_last": encode_last,
+                "gated_fusion": gated_fusion,
+                "last_scan": partial(last_scan, scan=last_state),
+                "last_state": last_state,
+                "selective_scan": selective_scan,
+                "spectral_projection": spectral_projection,
+                "spectral_projection_fft": spectral_projection_fft,
+            }
+        )
     )
 
 
@@ -114,13 +132,15 @@ def _mamba_ssm() -> dict[str, Callable[..., Any]]:
     from .reference.last_scan import last_scan
 
     return _with_filter(
-        {
-            **_triton(),  # the ops around the scan
-            "causal_conv1d": causal_conv1d,
-            "last_scan": partial(last_scan, scan=last_state),
-            "last_state": last_state,
-            "selective_scan": selective_scan,
-        }
+        _on_their_device(
+            {
+                **_triton(),  # the ops around the scan
+                "causal_conv1d": causal_conv1d,
+                "last_scan": partial(last_scan, scan=last_state),
+                "last_state": last_state,
+                "selective_scan": selective_scan,
+            }
+        )
     )
 
 

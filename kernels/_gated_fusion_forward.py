@@ -19,14 +19,18 @@ from torch import Tensor
 
 from ._common import Arithmetic, sigmoid
 
+WIDE_CHUNK = 2**16  # bytes of W in a program, of wide rows
+MAX_DIM = 4096  # of a row, which one program makes
+
 
 class Blocks(NamedTuple):
-    """Rows of a program, channels padded to a power of two, channels of a chunk, warps."""
+    """Rows of a program, channels padded to a power of two, channels of a chunk, warps, chunks in flight."""
 
     rows: int
     channels: int
     chunk: int
     num_warps: int
+    num_stages: int
 
     @staticmethod
     def of(dim: int, dot: torch.dtype) -> Blocks:
@@ -35,7 +39,10 @@ class Blocks(NamedTuple):
         channels = max(16, triton.next_power_of_2(dim))
         half = dot.itemsize == 2
         rows = 32 if half and channels <= 128 else 16
-        return Blocks(rows, channels, min(64 if half else 32, channels), max(4, min(16, channels // 32)))
+        chunk, num_stages = min(64 if half else 32, channels), 3
+        if channels > 512:  # a chunk of W must fit into shared memory, with what the layouts change places in
+            chunk, num_stages = max(16, WIDE_CHUNK // (channels * dot.itemsize)), 1
+        return Blocks(rows, channels, chunk, max(4, min(16, channels // 32)), num_stages)
 
 
 class Operands(NamedTuple):
@@ -226,6 +233,6 @@ def launch_forward(
         *operands, y, gates, normal, scale, batch, operands.table_rows, eps, *operands.strides,
         D=dim, GATE=operands.gate, GATHER=operands.ids is not None, RESIDUAL=residual, NORM=operands.norm, SAVE=save,
         BLOCK_B=blocks.rows, BLOCK_D=blocks.channels, BLOCK_K=blocks.chunk, **operands.arithmetic.constexprs,
-        num_warps=blocks.num_warps,
+        num_warps=blocks.num_warps, num_stages=blocks.num_stages,
     )  # fmt: skip
     return y, gates, normal, scale

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ._gated_fusion_backward import launch_backward
-from ._gated_fusion_forward import Operands, launch_forward, saved_like
+from ._gated_fusion_forward import MAX_DIM, Operands, launch_forward, saved_like
 
 OPERANDS = len(Operands._fields)
 
@@ -116,7 +116,13 @@ def gated_fusion(
     norm_bias: Tensor | None = None,
     eps: float = 1e-12,
 ) -> Tensor:
-    """As `fastm2rec.reference.gated_fusion.gated_fusion`; an id outside the table reads its nearest row."""
+    """As `fastm2rec.reference.gated_fusion.gated_fusion`; an id outside the table reads its nearest row.
+
+    Raises:
+        ValueError: more than 4,096 channels.
+    """
+    if h.shape[1] > MAX_DIM:
+        raise ValueError(f"h: expected at most {MAX_DIM:,} channels for the Triton kernels, got {h.shape[1]:,}")
     operands = Operands(
         h, text, ids, alpha, beta, weight, bias, gate_weight, gate_bias, norm_weight, norm_bias
     )  # fmt: skip

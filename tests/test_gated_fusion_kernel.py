@@ -234,6 +234,11 @@ def test_compile_and_export(gate: str, device: torch.device) -> None:
     assert torch.equal(program.module()(*tensors), expected["y"])
 
 
+def test_rows_wider_than_a_program_holds(device: torch.device) -> None:
+    with pytest.raises(ValueError, match="^h: expected at most 4,096 channels for the Triton kernels, got 4,097"):
+        _call(gated_fusion, _operands(1, 4097, "none", device, n_rows=1), True)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("gate", ["none", "scalar", "vector", "context"])
 @pytest.mark.parametrize(("batch", "dim"), [(4096, 64), (2048, 256), (131, 1000)])

@@ -126,3 +126,11 @@ def test_threads_take_turns(folded: FoldedM2Rec) -> None:
     with ThreadPoolExecutor(8) as pool:
         for query, wanted in zip(pool.map(encode, batches), expected, strict=True):
             assert torch.equal(query, wanted)
+
+
+def test_a_graph_made_in_inference_mode_serves_outside_of_it(folded: FoldedM2Rec) -> None:
+    graphed, one = _graphs.GraphedEncoder(folded), batch(2, 8)
+    with torch.inference_mode():
+        made = graphed.encode(*one).clone()
+    with torch.no_grad():
+        assert torch.equal(graphed.encode(*one), made)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from fastm2rec import ImplementationError, M2Rec, M2RecConfig, M2RecEncoder, impl
 from tests._bounds import BAND, SLACK
@@ -141,6 +144,24 @@ def test_an_implementation_that_cannot_run_is_refused_by_the_model(monkeypatch: 
     model.impl = "triton"
     with pytest.raises(ImplementationError, match="impl='triton' was asked for .* on cpu"):
         model.encode(*_batch(torch.device("cpu")))
+
+
+def test_kernels_run_with_their_tensors_device_as_the_current_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton launches on the current device, wherever the tensors are."""
+    current = ["cuda:0"]
+
+    @contextlib.contextmanager
+    def device(wanted: torch.device) -> Iterator[None]:
+        current.append(str(wanted))
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "device", device)
+    ops = impl._on_their_device({"scan": lambda x, other: (current[-1], other)})
+    there = FakeTensor(FakeTensorMode(), torch.empty(1, device="meta"), torch.device("cuda:1"))
+    assert ops["scan"](there, other=5) == ("cuda:1", 5)
+    assert ops["scan"](torch.empty(1), 5) == ("cuda:0", 5)
 
 
 def test_the_model_compiles_through_the_kernels(device: torch.device) -> None:

@@ -47,10 +47,12 @@ def _run(direction: str, gate: str, dim: int, dtype: torch.dtype, norm: bool) ->
         launch_backward(y, operands, *saved, residual=norm, needs_text=True)
 
 
-# The published width with every gate; a wider one with the lightest and the heaviest.
+# The published width with every gate; a wider one with the lightest and the heaviest; and one whose rows leave room for
+# one chunk of W alone.
 FORMS = {
     64: [("none", False), ("scalar", False), ("vector", True), ("context", False), ("context", True)],
     256: [("scalar", False), ("context", True)],
+    1000: [("none", False), ("vector", True)],
 }
 
 

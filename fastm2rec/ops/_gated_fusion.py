@@ -52,7 +52,7 @@ def gated_fusion(
     Raises:
         TypeError, ValueError: a tensor of the wrong dtype, device or shape, gates that contradict each other, or ids
             out of range (checked on a GPU with FASTM2REC_CHECK=1 only, and not in compiled graphs; Triton's kernel
-            takes the nearest row otherwise).
+            takes the nearest row otherwise). The Triton kernels take D up to 4,096, and are made for up to 512.
         ImplementationError: `impl` cannot run here.
     """
     expect_alike("h", h, {"text": text, "alpha": alpha, "beta": beta, "weight": weight, "bias": bias,

@@ -93,8 +93,7 @@ def spectral_projection(
                 f"got {list(mask.shape)}"
             )
     function = resolve("spectral_projection", impl, x.device)
-    x, weight, bias, conv_weight, conv_bias = as_autocast(x, weight, bias, conv_weight, conv_bias)
-    assert x is not None
+    x, (weight, bias, conv_weight, conv_bias) = as_autocast(x, weight, bias, conv_weight, conv_bias)
     return function(
         x, basis, mask, weight, bias,
         conv_weight=conv_weight, conv_bias=conv_bias, conv_first=conv_first, activation=activation,
