@@ -2,7 +2,8 @@
 
 Scores are made for a chunk of the catalogue at a time. Within a chunk, blocks are ranked by their maxima first: the k
 best items lie in the k best blocks, because each of those holds an item that is ahead of everything in the other ones.
-That reads a million scores once, where a plain top-k copies and partitions them.
+That reads a million scores once, where a plain top-k copies and partitions them. On a CPU with numba, kernels of the
+CPU engine do it (`cpu/top_k.py`), to the same answer.
 
 The last bits of a matrix product depend on how many rows are multiplied. A few more items than asked for are therefore
 scored again, in float64: a row's answer is the same alone and in any batch, and items with equal vectors tie exactly.
@@ -10,8 +11,13 @@ scored again, in float64: a row's answer is the same alone and in any batch, and
 
 from __future__ import annotations
 
+import functools
+from types import ModuleType
+
 import torch
 from torch import Tensor
+
+from . import cpu
 
 # Scores held at once, rows times items: 16 MB in float32.
 _MAX_SCORES = 2**22
@@ -43,15 +49,19 @@ def top_k(
         left ends in scores of -inf with ids of 0.
 
     Raises:
-        ValueError: scores that are NaN.
+        ValueError: scores that are NaN, or k below 1.
     """
+    if k < 1:
+        raise ValueError(f"k: expected at least 1, got {k}")
     rows, n_items = len(queries), len(weight) - 1
+    fetched = min(k + _SPARE, n_items)
     if chunk is None:
         chunk = max(1, _MAX_SCORES // max(1, rows))
+    if _for_kernels(queries, weight):
+        return _sound(_engine().top_k(queries, weight, k, fetched, seen, chunk))
     if seen is not None and chunk < n_items:
         order = seen[1].argsort()
         seen = seen[0][order], seen[1][order]
-    fetched = min(k + _SPARE, n_items)
     best: tuple[Tensor, Tensor] | None = None
     for start in range(1, n_items + 1, chunk):
         stop = min(start + chunk, n_items + 1)
@@ -67,6 +77,27 @@ def top_k(
     if seen is not None and len(seen[1]) + fetched > n_items:  # else no row can have run out of items
         ids = ids.masked_fill(values == -torch.inf, 0)
     return rescored(queries, weight, ids, k)
+
+
+def _for_kernels(queries: Tensor, weight: Tensor) -> bool:
+    """Do the CPU engine's kernels take these? They read the table as it lies in memory."""
+    return (
+        queries.is_cpu
+        and weight.is_cpu
+        and queries.dtype == weight.dtype
+        and weight.dtype in (torch.float32, torch.float64)
+        and weight.is_contiguous()
+        and not torch.compiler.is_compiling()
+        and cpu.missing() is None
+    )
+
+
+@functools.cache
+def _engine() -> ModuleType:
+    """Imported late, as it needs numpy, and once: an import statement takes a microsecond each time."""
+    from .cpu import top_k
+
+    return top_k
 
 
 def leading(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -131,10 +162,17 @@ def _merged(best: tuple[Tensor, Tensor], found: tuple[Tensor, Tensor], k: int) -
 
 def rescored(queries: Tensor, weight: Tensor, ids: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k best of each row's candidates `ids` [B, at least k], 0 for none, scored in float64; answers as `top_k`."""
+    if _for_kernels(queries, weight):
+        return _sound(_engine().rescored(queries, weight, ids, k))
     ids = ids.sort(1).values
     exact = torch.bmm(weight[ids].double(), queries.double().unsqueeze(2)).squeeze(2).to(weight.dtype)
     exact.masked_fill_(ids == 0, -torch.inf)
     values, order = exact.sort(dim=1, descending=True, stable=True)
-    if values[:, 0].isnan().any():
+    nan = values[:, 0].isnan().any()
+    return _sound(None if nan else (values[:, :k], ids.gather(1, order[:, :k])))
+
+
+def _sound(answer: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+    if answer is None:
         raise ValueError("the model's scores are NaN: its weights, or its text table, are not finite")
-    return values[:, :k], ids.gather(1, order[:, :k])
+    return answer

@@ -214,6 +214,53 @@ def where_less(typingctx, x, bound, then, otherwise):
     return x(x, bound, then, otherwise), codegen
 
 
+@intrinsic
+def above(typingctx, x, bound):
+    """A bit for each lane that is above `bound`, or NaN; the first lane's is the lowest."""
+
+    def codegen(context, builder, signature, arguments):
+        value, bound = (
+            _splat(context, builder, argument, kind, x)
+            for argument, kind in zip(arguments, signature.args, strict=True)
+        )
+        bits = builder.fcmp_unordered(">", value, bound)
+        return builder.zext(builder.bitcast(bits, ir.IntType(x.count)), ir.IntType(64))
+
+    return types.int64(x, bound), codegen
+
+
+@intrinsic
+def lowest_bit(typingctx, bits):
+    """The place of the lowest bit that is set; there must be one."""
+
+    def codegen(context, builder, signature, arguments):
+        return builder.cttz(arguments[0], ir.Constant(cgutils.bool_t, 1))
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def bits_set(typingctx, bits):
+    """How many bits are set."""
+
+    def codegen(context, builder, signature, arguments):
+        return builder.ctpop(arguments[0])
+
+    return types.int64(types.int64), codegen
+
+
+@intrinsic
+def widened(typingctx, x):
+    """The same lanes in float64."""
+    lanes = Lanes(types.float64, x.count)
+
+    def codegen(context, builder, signature, arguments):
+        vector = context.get_value_type(lanes)
+        return arguments[0] if x == lanes else builder.fpext(arguments[0], vector)
+
+    return lanes(x), codegen
+
+
 def _mixed(builder, bits):
     """A permutation of 32-bit integers in which every bit of the input changes about half of the output's (murmur3)."""
 
