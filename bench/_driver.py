@@ -2,6 +2,9 @@
 
 A `Job` is a row that can be made into a call. What raises, runs out of memory or computes something else than its
 reference becomes a row that says so, and the others go on.
+
+All times of a shape come from one run of interleaved rounds, after the last of its jobs was compiled. Compiling may
+take longer than a process has: what needs none is measured and written before, and replaced when the shape is done.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from ._results import Row, Writer, device_name, result_path
 
 LEAST_ROUNDS = 3
 MEASURE_SHARE = 0.35  # of a shape's time goes to rounds of measurement; the rest is building, checking and compiling
+PREVIEW_SECONDS = 2.0  # of the rounds before the first job is compiled
 COMPILE_SECONDS = 20.0  # what compiling is taken to need before one has been seen
 SHAPE_SECONDS = 8.0  # what is kept for each shape that waits, and not spent on compiling
 
@@ -63,18 +67,30 @@ JobMaker = Callable[[Shape], Sequence[Job]]
 
 
 class Budget:
-    """Seconds, and how they are shared out among shapes. The first shape always runs."""
+    """Seconds, and how they are shared out among shapes. The first shape always runs.
 
-    def __init__(self, seconds: float, shapes: int) -> None:
+    Args:
+        seconds: no shape is begun after them.
+        shapes: how many there are.
+        limit: when the process will be ended; None for `seconds`.
+    """
+
+    def __init__(self, seconds: float, shapes: int, limit: float | None = None) -> None:
         self._seconds = seconds
+        self._limit = seconds if limit is None else limit
         self._start = time.perf_counter()
         self._waiting = shapes
         self._first = True
         self.compile_seconds = COMPILE_SECONDS
         self.label = f"the time budget ran out (--budget-seconds {seconds:g})"
+        self.compiling = f"not compiled: the process ended before it was (--budget-seconds {seconds:g})"
 
     def left(self) -> float:
         return self._seconds - (time.perf_counter() - self._start)
+
+    def until_limit(self) -> float:
+        """Seconds until the process will be ended, at least 0."""
+        return max(0.0, self._limit - (time.perf_counter() - self._start))
 
     def begin(self) -> float | None:
         """Seconds for the rounds of the next shape; None where there is no time for it."""
@@ -87,7 +103,7 @@ class Budget:
 
     def may_compile(self) -> bool:
         """Would there be time for the shapes that wait, if one more row were compiled?"""
-        return self.left() - self.compile_seconds >= SHAPE_SECONDS * self._waiting
+        return self.until_limit() - self.compile_seconds >= SHAPE_SECONDS * self._waiting
 
 
 class _Guarded:
@@ -190,7 +206,15 @@ def sweep(
     """
     device = torch.device(options.device)
     writer = Writer(result_path(script, device, options.out, options.record), device, script)
-    budget = Budget(options.budget_seconds, len(shapes))
+    budget = Budget(options.budget_seconds, len(shapes), options.limit_seconds)
+
+    def fill(ready: Sequence[tuple[Job, _timing.Call]], seconds: float, dtype: str) -> None:
+        if only_memory:
+            for job, call in ready:
+                fill_memory(job, call, device)
+        else:
+            fill_times(ready, device, ceilings[dtype], min(seconds, budget.until_limit()))
+
     ceilings: dict[str, _bounds.Ceilings] = {}
     if only_memory and device.type == "cpu":
         _memory.no_reuse()
@@ -208,12 +232,16 @@ def sweep(
         except Exception as error:
             writer.add([dataclasses.replace(row, skipped=reason(error)) for row in empty(shape)])
             continue
-        ready = checked(jobs, budget)
-        if only_memory:
-            for job, call in ready:
-                fill_memory(job, call, device)
-        else:
-            fill_times(ready, device, ceilings[shape.dtype], seconds)
+        ready = checked([job for job in jobs if not job.is_late], budget)
+        late = [job for job in jobs if job.is_late]
+        if any(job.prepare for job in late) and budget.may_compile():
+            fill(ready, min(seconds, PREVIEW_SECONDS), shape.dtype)
+            waiting = {id(job.row): budget.compiling for job in late if job.prepare}
+            rows = (job.row for job in jobs)
+            writer.preview([dataclasses.replace(row, skipped=waiting.get(id(row), row.skipped)) for row in rows])
+            ready = [one for one in ready if one[0].row.skipped is None]
+        ready += checked(late, budget)
+        fill(ready, seconds, shape.dtype)
         writer.add([job.row for job in jobs])
         del jobs, ready
         _release(compiled=True)

@@ -37,6 +37,9 @@ def parser(description: str | None, *, seq_len: Sizes, batch: Sizes, budget: flo
     add("--n-items", type=positive, default=3706, help="size of the catalogue (default: 3706, as in ML-1M)")
     add("--eager-only", action="store_true", help="compile nothing, capture no CUDA graph")
     add("--budget-seconds", type=float, default=budget, help=f"begin nothing new after this (default: {budget:g})")
+    add(
+        "--limit-seconds", type=float, metavar="S", help="compile nothing that may end after this (default: the budget)"
+    )
     add("--out", metavar="FILE", help="write the JSON here (default: a temporary folder)")
     add("--record", action="store_true", help="write the JSON to bench/results")
     add("--plot", metavar="FILE", help="draw a PNG")

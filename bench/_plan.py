@@ -40,6 +40,11 @@ class Step:
     def name(self) -> str:
         return " ".join([self.script, *self.words(self.lengths), *["(quick)"] * self.quick])
 
+    @property
+    def compares_models(self) -> bool:
+        """Is its script one of those that share their options and their driver?"""
+        return bool(self.models) or self.script == "scaling"
+
     def words(self, lengths: Sequence[int]) -> list[str]:
         """The command line, for these of its lengths."""
         found: list[str] = []

@@ -8,7 +8,7 @@ import platform
 import subprocess
 import tempfile
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -138,7 +138,14 @@ class Writer:
         for row in rows:
             row.script, row.threads = self._script, self._threads
             self.rows.append(row)
-        write_json(self.path, document(self._device, self.rows, self._origin))
+        self._write(self.rows)
+
+    def preview(self, rows: Sequence[Row]) -> None:
+        """Write the file with `rows` behind those it has; the next ones take their place."""
+        self._write([*self.rows, *(replace(row, script=self._script, threads=self._threads) for row in rows)])
+
+    def _write(self, rows: Sequence[Row]) -> None:
+        write_json(self.path, document(self._device, rows, self._origin))
 
 
 def aligned(lines: Sequence[Sequence[str]], left: Collection[int]) -> list[str]:

@@ -43,7 +43,7 @@ CORRECTNESS_SHARE = 0.2
 CORE_SECONDS, CORE_SHARE = 480.0, 0.4  # the core pass may take this long, or this share of a long budget
 SCRIPT_SHARE = 0.6  # of a step's time is the script's own budget, which it overruns by the shape that it is at
 START_SECONDS = 8.0  # of a process: imports, the context, the ceilings
-SHAPE_SECONDS = 40.0  # what a core shape may take with what is compiled for it
+END_SECONDS = 10.0  # before a process is ended, it compiles nothing any more
 QUICK = {"TORCHINDUCTOR_MAX_AUTOTUNE_GEMM_BACKENDS": "ATEN"}  # no search among Triton's matrix products
 LEAST_SECONDS = 15.0  # a step with less than this left is not begun
 RESERVE_SECONDS = 5.0  # for the summary
@@ -125,10 +125,12 @@ class Run:
         part.parent.mkdir(exist_ok=True)
         part.unlink(missing_ok=True)
         command = [sys.executable, str(script), *step.words(lengths), "--device", self.header["device_type"]]
-        own = max(1.0, SCRIPT_SHARE * seconds - START_SECONDS)
+        own, limit = SCRIPT_SHARE * seconds - START_SECONDS, seconds - START_SECONDS - END_SECONDS
         if step.core:  # shapes are in the order of their worth: rather the first ones whole than a part of each
-            own = max(own, SHAPE_SECONDS * len(lengths) * len(step.batches) * len(step.dtypes))
-        command += ["--budget-seconds", f"{own:.0f}", "--out", str(part)]
+            own = limit
+        command += ["--budget-seconds", f"{max(1.0, own):.0f}", "--out", str(part)]
+        if step.compares_models:
+            command += ["--limit-seconds", f"{max(1.0, limit):.0f}"]
         if step.script == "kernels":
             command += ["--resume"]
             write_json(part, {**self.header, "rows": known})

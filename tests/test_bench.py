@@ -8,12 +8,26 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench import _assembled, _bounds, _driver, _inference, _modes, _registry, latency, memory, scaling, throughput
+from bench import (
+    _assembled,
+    _bounds,
+    _driver,
+    _inference,
+    _merge,
+    _modes,
+    _plan,
+    _registry,
+    latency,
+    memory,
+    scaling,
+    throughput,
+)
 from fastm2rec import _mamba_ssm
 from fastm2rec.reference.causal_conv1d import causal_conv1d
 from fastm2rec.reference.selective_scan import selective_scan
@@ -37,7 +51,10 @@ def inputs() -> _inference._Inputs:
 
 def test_every_model_and_peer_has_a_row() -> None:
     with torch.no_grad():
-        rows = {(case.model, case.impl, case.mode) for case in _registry.cases(_registry.MODELS, 7, SIZES)}
+        made = _registry.cases(_registry.MODELS, 7, SIZES)
+    rows = {(case.model, case.impl, case.mode) for case in made}
+    late = [(case.model, case.impl) for case in made if case.is_late]
+    assert late[0] == ("sasrec", "last query"), "the peer of all ratios is compiled before time runs out"
     for model in ("sasrec", "bert4rec"):
         for impl in ("as published", "last query"):
             assert {(model, impl, "eager"), (model, impl, "compiled")} <= rows
@@ -139,6 +156,15 @@ def test_a_budget_shares_out_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 101.0
     assert budget.begin() is None
     assert _driver.Budget(0.0, 1).begin() == 0.0, "the first shape always runs"
+    now = 0.0
+    budget = _driver.Budget(10.0, 2, limit=50.0)
+    budget.begin()
+    now = 22.0
+    assert budget.may_compile(), "what is begun in the budget may end after it"
+    now = 22.1
+    assert not budget.may_compile()
+    now = 51.0
+    assert budget.until_limit() == 0.0
 
 
 def _run(root: Path, script: str, *flags: str) -> subprocess.CompletedProcess[str]:
@@ -226,6 +252,41 @@ def test_every_row_is_written_as_soon_as_it_exists(tmp_path: Path) -> None:
     assert seen == [0, 1, 5]
     assert [row.skipped for row in rows[1:5]] == ["MemoryError: too large"] * 4
     assert rows[5].median_ms is not None
+
+
+def test_what_needs_no_compiler_is_written_before_one_is_started(tmp_path: Path) -> None:
+    """A process that is ended while it compiles has lost no row, and leaves none that counts as done."""
+    out = tmp_path / "rows.json"
+    options = _options("throughput", "--batch", "1", "--budget-seconds", "100", "--out", str(out))
+    shape = _driver.Shape("float32", 7, 1, 50)
+    before: list[dict[str, Any]] = []
+
+    def compiling() -> tuple[Callable[[int], object], float]:
+        before.extend(json.loads(out.read_text())["rows"])
+        return lambda turn: None, 0.0
+
+    def make(shape: _driver.Shape) -> list[_driver.Job]:
+        rows = [_inference._row("sasrec", "x", mode, None, shape) for mode in ("compiled", "eager", "graph")]
+        rows[2].skipped = "no graph here"
+        return [
+            _driver.Job(rows[0], compiling, 1.0, is_late=True),
+            _driver.Job(rows[1], lambda: (lambda turn: None, 0.0), 1.0),
+            _driver.Job(rows[2]),
+        ]
+
+    rows = _driver.sweep(options, "throughput", [shape], make, _inference.Jobs(options).empty)
+    assert [row["mode"] for row in before] == ["compiled", "eager", "graph"]
+    assert before[1]["median_ms"] is not None
+    assert [_merge.is_final(row) for row in before] == [False, True, True]
+    assert [row.median_ms is not None for row in rows] == [True, True, False]
+    after = json.loads(out.read_text())["rows"]
+    assert [(row["mode"], row["median_ms"]) for row in after] == [(row.mode, row.median_ms) for row in rows]
+    merged = tmp_path / "merged.json"
+    step = _plan.Step("throughput", 1, True, ("sasrec",), (7,), (1,), ("float32",))
+    head = {name: value for name, value in json.loads(out.read_text()).items() if name != "rows"}
+    for found, missing in ((before, (7,)), (after, ())):
+        _merge.merge(merged, {**head, "rows": found}, "throughput")
+        assert step.missing(json.loads(merged.read_text())["rows"]) == missing
 
 
 def _options(script: str, *flags: str) -> argparse.Namespace:

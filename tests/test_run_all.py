@@ -31,7 +31,7 @@ import argparse, json, os, sys, time
 parser = argparse.ArgumentParser()
 for flag in ("--models", "--seq-len", "--batch", "--dtype"):
     parser.add_argument(flag, nargs="+", default=[])
-for flag in ("--device", "--budget-seconds", "--out"):
+for flag in ("--device", "--budget-seconds", "--limit-seconds", "--out"):
     parser.add_argument(flag)
 options = parser.parse_args()
 head, rows = json.loads(os.environ["HEAD"]), []
@@ -111,6 +111,22 @@ def test_a_step_that_takes_too_long_is_ended_and_its_rows_stay(tmp_path: Path, m
     assert not list((run.out / ".parts").iterdir())
     run.step(_step("two", 7), seconds=1.0)
     assert _status(run)["two"] == "not begun: no time left"
+
+
+@pytest.mark.parametrize("core", [True, False])
+def test_a_script_knows_when_it_is_ended(core: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four shapes in 84 s: it believes in no second beyond that, whatever its shapes would like to have."""
+    given: list[str] = []
+
+    def run(command: list[str], *others: object) -> _child.Outcome:
+        given.extend(command)
+        return _child.Outcome(0, 1.0, "")
+
+    monkeypatch.setattr(_child, "run", run)
+    _run(tmp_path).step(dataclasses.replace(_step("one", 1, 2, 3, 4), core=core), seconds=84.0)
+    budget, limit = (float(given[given.index(flag) + 1]) for flag in ("--budget-seconds", "--limit-seconds"))
+    assert limit == 84 - run_all.START_SECONDS - run_all.END_SECONDS
+    assert budget == (limit if core else round(run_all.SCRIPT_SHARE * 84 - run_all.START_SECONDS))
 
 
 def test_resumes_with_what_is_missing(tmp_path: Path) -> None:
