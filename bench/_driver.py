@@ -252,6 +252,8 @@ def sweep(
 def _wanted(row: Row, options: argparse.Namespace) -> bool:
     if options.eager_only and ("compiled" in row.mode or "graph" in row.mode):
         return False
+    if options.compile is not None and "compiled" in row.mode and row.impl not in options.compile:
+        return False
     return options.impls is None or row.impl in options.impls
 
 

@@ -31,7 +31,7 @@ def read(path: Path) -> dict[str, Any] | None:
 def merge(path: Path, part: dict[str, Any], script: str, quick: bool = False) -> None:
     """Add the rows of `part` to the file: a new time replaces an old one, a reason replaces no time.
 
-    Rows of a `quick` run say so, and what was compiled in one is another row than what was compiled at leisure.
+    Rows of a `quick` run say so: what is compiled at leisure is measured again, with everything beside it.
 
     A file of other kernels or of another device is moved to `<name>.<its kernels>.json` first.
     """
@@ -45,8 +45,7 @@ def merge(path: Path, part: dict[str, Any], script: str, quick: bool = False) ->
         if row.get("impl") == NOBODY and not is_final(row):
             continue
         if quick:
-            compiled = "compiled" in row["mode"]
-            row = {**row, "quick": True, "mode": f"{row['mode']}, cuBLAS only" if compiled else row["mode"]}
+            row = {**row, "quick": True}
         before = rows.get(key(row))
         if before is None or not _has_time(before) or _has_time(row):
             rows[key(row)] = row

@@ -289,6 +289,17 @@ def test_what_needs_no_compiler_is_written_before_one_is_started(tmp_path: Path)
         assert step.missing(json.loads(merged.read_text())["rows"]) == missing
 
 
+def test_what_is_compiled_may_be_said() -> None:
+    def wanted(*flags: str) -> list[tuple[str, str]]:
+        rows = [
+            _inference._row("sasrec", impl, mode, None, SHAPE) for impl in ("x", "y") for mode in ("eager", "compiled")
+        ]
+        return [(row.impl, row.mode) for row in rows if _driver._wanted(row, _options("latency", *flags))]
+
+    assert wanted("--compile", "x") == [("x", "eager"), ("x", "compiled"), ("y", "eager")]
+    assert wanted("--impls", "y") == [("y", "eager"), ("y", "compiled")]
+
+
 def _options(script: str, *flags: str) -> argparse.Namespace:
     module = {"throughput": throughput, "latency": latency, "scaling": scaling, "memory": memory}[script]
     return module.parse([*FLAGS, *flags])

@@ -143,6 +143,30 @@ def test_compiled_functions_do_not_share_their_code() -> None:
     assert first.__code__ is not second.__code__
 
 
+@pytest.mark.parametrize(
+    ("search", "graphs", "mode"),
+    [
+        (True, True, "max-autotune"),
+        (True, False, "max-autotune-no-cudagraphs"),
+        (False, True, "reduce-overhead"),
+        (False, False, "default"),
+    ],
+)
+def test_a_row_says_whether_the_compiler_searched(
+    search: bool, graphs: bool, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, object] = {}
+    monkeypatch.setattr(torch, "compile", lambda function, **words: given.update(words))
+    cuda = torch.device("cuda")
+    _modes.compiled(lambda x: x, cuda, graphs, search)
+    assert given["mode"] == mode
+    assert _modes.named("compiled", cuda, search) == ("compiled" if search else "compiled, no search")
+    assert _modes.named("graph", cuda, search) == "graph"
+    assert _modes.named("compiled", CPU, search) == "compiled", "there is no search on a CPU"
+    _modes.compiled(lambda x: x, CPU, graphs, search)
+    assert given["mode"] == "default"
+
+
 @pytest.mark.parametrize("lengths", [[7], [7, 9]])
 @pytest.mark.parametrize("figure", [_plot.LATENCY, _plot.THROUGHPUT, _plot.MEMORY])
 def test_figures(figure: _plot.Figure, lengths: list[int], tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import _child, _correctness, _merge, _plan, _targets, run_all
+from bench import _child, _correctness, _merge, _modes, _plan, _targets, run_all
 from bench._plan import Step
 
 HEAD = {"device": "Z", "device_type": "cpu", "torch": "2", "triton": "3", "python": "3.11", "created": "2026"}
@@ -183,32 +183,38 @@ def test_a_time_is_not_lost_to_a_reason(tmp_path: Path) -> None:
 def test_quick_rows_say_so_and_are_measured_again(tmp_path: Path) -> None:
     path = tmp_path / "x.json"
     row = {"model": "sasrec", "impl": "x", "batch": 1, "dtype": "float32", "seq_len": 7, "mode": "compiled"}
-    _merge.merge(
-        path, {**HEAD, "rows": [{**row, "median_ms": 1.0}, {**row, "mode": "eager", "median_ms": 3.0}]}, "x", True
-    )
+    short = {**row, "mode": _modes.NO_SEARCH, "median_ms": 1.0}
+    _merge.merge(path, {**HEAD, "rows": [short, {**row, "mode": "eager", "median_ms": 3.0}]}, "x", True)
     quick = Step("x", 1, True, ("sasrec",), (7,), (1,), ("float32",), quick=True)
     whole = dataclasses.replace(quick, quick=False)
     rows = json.loads(path.read_text())["rows"]
-    assert [one["mode"] for one in rows] == ["compiled, cuBLAS only", "eager"]
+    assert [one["mode"] for one in rows] == ["compiled, no search", "eager"]
     assert quick.missing(rows) == ()
     assert whole.missing(rows) == (7,)
+    late = {**row, "median_ms": None, "skipped": "not compiled: the time budget ran out (--budget-seconds 9)"}
+    assert quick.missing([*rows, late]) == (), "what the search had no time for is not the quick step's"
+    assert quick.missing([late, {**late, "mode": "eager", "median_ms": 3.0}]) == ()
+    assert quick.missing([{**late, "quick": True, "mode": _modes.NO_SEARCH}, rows[1]]) == (7,)
     _merge.merge(path, {**HEAD, "rows": [{**row, "median_ms": 0.9}, {**row, "mode": "eager", "median_ms": 2.9}]}, "x")
     rows = json.loads(path.read_text())["rows"]
     assert {one["mode"]: one["median_ms"] for one in rows} == {
-        "compiled, cuBLAS only": 1.0, "eager": 2.9, "compiled": 0.9,
+        "compiled, no search": 1.0, "eager": 2.9, "compiled": 0.9,
     }  # fmt: skip
     assert whole.missing(rows) == ()
 
 
 def test_a_row_that_time_did_not_allow_is_missing() -> None:
     step = _step("one", 7, 50)
-    row = {"model": "m2rec", "impl": "cpu", "batch": 1, "dtype": "float32", "median_ms": 1.0}
+    row = {"model": "m2rec", "impl": "cpu", "mode": "eager", "batch": 1, "dtype": "float32", "median_ms": 1.0}
     rows: list[dict[str, Any]] = [{**row, "seq_len": 7}, {**row, "seq_len": 50}]
     assert step.missing(rows) == ()
     late = {**row, "seq_len": 50, "impl": "x", "median_ms": None, "skipped": "not compiled: (--budget-seconds 1)"}
     assert step.missing([*rows, late]) == (50,)
     assert step.missing([*rows, {**late, "skipped": "needs CUDA"}]) == ()
     assert step.missing(rows[:1]) == (50,)
+    late |= {"mode": "compiled"}
+    assert dataclasses.replace(step, compiles=("x",)).missing([*rows, late]) == (50,)
+    assert dataclasses.replace(step, compiles=("y",)).missing([*rows, late]) == (), "it is not asked for"
 
 
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
