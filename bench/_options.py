@@ -36,6 +36,7 @@ def parser(description: str | None, *, seq_len: Sizes, batch: Sizes, budget: flo
     add("--d-state", type=positive, default=16, help="N of the scan (default: 16)")
     add("--n-items", type=positive, default=3706, help="size of the catalogue (default: 3706, as in ML-1M)")
     add("--eager-only", action="store_true", help="compile nothing, capture no CUDA graph")
+    add("--leave-out", nargs="+", metavar="ROW", help="rows that would lose the GPU, as bench/run_all.py calls them")
     add(
         "--quick",
         action="store_true",

@@ -7,7 +7,7 @@ import json
 import platform
 import subprocess
 import tempfile
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -55,6 +55,13 @@ class Row:
     threads: int | None = None
     cpu_ms: float | None = None
     state_mb: float | None = None
+
+
+def row_label(row: Row | Mapping[str, Any]) -> str:
+    """What tells a row from the others of its script, in one word of a command line."""
+    values = row if isinstance(row, Mapping) else asdict(row)
+    names = ("model", "impl", "mode", "phase", "positions", "dtype", "batch", "seq_len", "n_items")
+    return "/".join(str(values.get(name)) for name in names)
 
 
 def device_name(device: torch.device) -> str:

@@ -10,9 +10,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 
+from . import _failure
+
+Result = TypeVar("Result")
 Call = Callable[[int], object]  # called with the number of the sample, to pick its inputs
 
 CPU_SAMPLE_SECONDS = 0.01
@@ -32,7 +36,7 @@ class Timing:
 
 def interleave(
     calls: Sequence[Call], device: torch.device, seconds: float, least: int = 5, most: int = 50
-) -> list[Timing]:
+) -> list[Timing | str]:
     """Time `calls` in turn, round after round.
 
     Args:
@@ -40,16 +44,48 @@ def interleave(
         device: where they run.
         seconds: stop after the round that passes this, all calls together.
         least, most: rounds, whatever `seconds` says.
+
+    Returns:
+        For each call its times, or the reason why it has none: it raised, and the others went on. Where it took the
+        GPU with it they cannot: each has the times of its samples so far if they are `least`, or else it waits.
     """
-    repeats = [_repeats(call, device) for call in calls]
+    failures = Failures(device, len(calls))
+    repeats = [failures.of(index, _repeats, call, device) or 0 for index, call in enumerate(calls)]
     samples: list[list[tuple[float, float]]] = [[] for _ in calls]
     start = time.perf_counter()
     for turn in range(most):
-        for own, call, repeat in zip(samples, calls, repeats, strict=True):
-            own.append(_sample(call, device, turn, repeat))
-        if turn + 1 >= least and time.perf_counter() - start > seconds:
+        for index, (own, call, repeat) in enumerate(zip(samples, calls, repeats, strict=True)):
+            sample = failures.of(index, _sample, call, device, turn, repeat)
+            if sample is not None:
+                own.append(sample)
+        if failures.lost or (turn + 1 >= least and time.perf_counter() - start > seconds):
             break
-    return [_of_both(own, device) for own in samples]
+    return failures.results([_of_both(own, device) if len(own) >= least else None for own in samples])
+
+
+class Failures:
+    """What calls raised: one that did is not called again, and none is once the GPU is lost."""
+
+    def __init__(self, device: torch.device, calls: int) -> None:
+        self.lost = False
+        self._device = device
+        self._failures: list[str | None] = [None] * calls
+
+    def of(self, index: int, function: Callable[..., Result], *arguments: Any) -> Result | None:
+        """`function(*arguments)` for the call of this index; None where it failed, now or before."""
+        if self.lost or self._failures[index] is not None:
+            return None
+        try:
+            return function(*arguments)
+        except Exception as error:
+            said = _failure.told(error, self._device)
+            self._failures[index] = said
+            self.lost = _failure.concerns(said)
+            return None
+
+    def results(self, timings: Sequence[Timing | None]) -> list[Timing | str]:
+        """Each call's failure, or its timing."""
+        return [failure or timing or _failure.WAITING for failure, timing in zip(self._failures, timings, strict=True)]
 
 
 def summarise(samples: Sequence[float]) -> Timing:

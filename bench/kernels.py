@@ -30,7 +30,7 @@ if __name__ == "__main__":  # from a clone, installed or not
 
 import torch
 
-from bench import _bounds, _results
+from bench import _bounds, _failure, _merge, _results
 from bench._measure import Row, blank, measure
 from bench._tree import tree_hash
 from bench.peers._problem import LENGTHLESS, PHASES, Peer, Problem, Shape
@@ -168,8 +168,7 @@ def kept(path: Path, device: torch.device) -> list[Row]:
     old, new = json.loads(path.read_text()), document(device, [])
     if any(old.get(name) != new[name] for name in ("kernels_tree", "device", "torch", "triton")):
         return []
-    rows = [Row(**row) for row in old["rows"]]
-    return [row for row in rows if row.skipped is None or "--budget-seconds" not in row.skipped]
+    return [Row(**row) for row in old["rows"] if _merge.is_final(row)]
 
 
 def run(options: argparse.Namespace, device: torch.device, path: Path) -> Iterator[list[Row]]:
@@ -188,6 +187,8 @@ def run(options: argparse.Namespace, device: torch.device, path: Path) -> Iterat
         problem, failure = _problem(shape, device, options)
         if problem is None:
             yield [blank(shape, Peer("-", "-", skipped=failure), "")]
+            if _failure.concerns(failure):
+                _failure.end()
             continue
         peers = [peer for peer in problem.peers if _wanted(peer, options) and key(blank(shape, peer, "")) not in done]
         if elapsed > options.budget_seconds:
@@ -201,9 +202,12 @@ def run(options: argparse.Namespace, device: torch.device, path: Path) -> Iterat
         if shape.dtype not in ceilings:
             ceilings[shape.dtype] = _bounds.measure_ceilings(device, shape.torch_dtype)
         stop = begun + COMPILE_SHARE * options.budget_seconds
-        yield measure(
+        measured = measure(
             shape, problem, peers, device, ceilings[shape.dtype], max(LEAST_SECONDS, (1 - COMPILE_SHARE) * share), stop
         )
+        yield measured
+        if any(_failure.concerns(row.skipped) for row in measured):
+            _failure.end()
 
 
 def _wanted(peer: Peer, options: argparse.Namespace) -> bool:
@@ -214,7 +218,7 @@ def _problem(shape: Shape, device: torch.device, options: argparse.Namespace) ->
     try:
         return importlib.import_module(f"bench.peers.{shape.op}").problem(shape, device, options.autotune), ""
     except Exception as error:  # out of memory, say: a row that says so, not the end of the run
-        return None, f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
+        return None, _failure.told(error, device)
 
 
 def _name(shape: Shape) -> str:

@@ -7,7 +7,8 @@
 First correctness (`pytest -m gpu`), then the scripts beside this one, each in a process of its own: the rows that have
 targets first, then everything else, at the end compute-sanitizer and the hardware counters. What a script has written
 is in the result files within a second, so a run that is killed has lost no row; the same command goes on where it
-stopped, for the same kernels on the same device. A script that fails does not stop the others. The summary, in
+stopped, for the same kernels on the same device. A script that fails does not stop the others; a row that takes the GPU
+with it, as an illegal access does, is left out from then on, and a new process measures the rest. The summary, in
 Markdown, says which targets were reached; it is in summary.md too.
 
 torch.compile with max-autotune, the best that the peers can get, may cost a minute and more for a model and shape on a
@@ -36,14 +37,16 @@ from typing import Any, NoReturn
 if __name__ == "__main__":  # from a clone, installed or not; this folder itself would shadow other packages
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from bench import _child, _correctness, _merge, _plan, _targets
-from bench._results import ROOT, write_json
+from bench import _child, _correctness, _failure, _merge, _plan, _targets
+from bench._results import ROOT, row_label, write_json
 
 CORRECTNESS_SHARE = 0.2
 CORE_SECONDS, CORE_SHARE = 480.0, 0.4  # the core pass may take this long, or this share of a long budget
 SCRIPT_SHARE = 0.6  # of a step's time is the script's own budget, which it overruns by the shape that it is at
 START_SECONDS = 8.0  # of a process: imports, the context, the ceilings
 END_SECONDS = 10.0  # before a process is ended, it compiles nothing any more
+MOST_LOSSES = 4  # of the GPU, in one step: each takes the time of a start
+TAIL_CHARACTERS = 8000  # of what a script printed: its table and, before it, what failed
 LEAST_SECONDS = 15.0  # a step with less than this left is not begun
 RESERVE_SECONDS = 5.0  # for the summary
 PACKAGES = ("selective_scan_cuda", "causal_conv1d")  # what the wheels are for
@@ -120,9 +123,25 @@ class Run:
         if not script.exists():
             self._note(step, f"not begun: bench/{script.name} does not exist", 0.0, "")
             return
+        stop, spent = time.monotonic() + seconds, 0.0
+        for losses in range(MOST_LOSSES + 1):
+            outcome, is_lost = self._attempt(step, lengths, stop - time.monotonic())
+            spent += outcome.seconds
+            if not is_lost or losses == MOST_LOSSES or stop - time.monotonic() < LEAST_SECONDS:
+                break
+            lengths = step.missing(self.rows(step.script))
+            if step.lengths and not lengths:
+                break
+            print("  the GPU was lost: the rest in a new process", flush=True)
+        self._note(step, outcome.status, spent, outcome.tail)
+
+    def _attempt(self, step: _plan.Step, lengths: Sequence[int], seconds: float) -> tuple[_child.Outcome, bool]:
+        """One process for the step; what became of it, and whether it lost its GPU."""
+        known = self.rows(step.script)
         part = self.out / ".parts" / f"{step.script}{'.quick' if step.quick else ''}.json"
         part.parent.mkdir(exist_ok=True)
         part.unlink(missing_ok=True)
+        script = self.scripts / f"{step.script}.py"
         command = [sys.executable, str(script), *step.words(lengths), "--device", self.header["device_type"]]
         own, limit = SCRIPT_SHARE * seconds - START_SECONDS, seconds - START_SECONDS - END_SECONDS
         if step.core:  # shapes are in the order of their worth: rather the first ones whole than a part of each
@@ -130,22 +149,27 @@ class Run:
         command += ["--budget-seconds", f"{max(1.0, own):.0f}", "--out", str(part)]
         if step.compares_models:
             command += ["--limit-seconds", f"{max(1.0, limit):.0f}"]
+            culprits = [row_label(row) for row in known if _merge.is_culprit(row)]
+            command += ["--leave-out", *culprits] if culprits else []
         if step.script == "kernels":
             command += ["--resume"]
             write_json(part, {**self.header, "rows": known})
         print(f"{step.name}, at most {seconds:.0f} s ...", flush=True)
         outcome = _child.run(command, self.environment, ROOT, seconds, lambda: self.collect(part))
         self.collect(part)
+        found = _merge.read(part) or {"rows": []}
+        is_lost = outcome.code == _failure.EXIT_CODE
+        is_lost = is_lost or any(row.get("skipped") == _failure.WAITING for row in found["rows"])
         part.unlink(missing_ok=True)
         print(f"  {outcome.status} after {outcome.seconds:.0f} s", flush=True)
         if outcome.status == "failed":
             print("  " + "\n  ".join(outcome.tail.strip().splitlines()[-12:]), flush=True)
-        self._note(step, outcome.status, outcome.seconds, outcome.tail)
+        return outcome, is_lost
 
     def _note(self, step: _plan.Step, status: str, seconds: float, tail: str) -> None:
         others = [one for one in self.state["rows"] if one["name"] != step.name]
         row = {"name": step.name, "script": step.script, "core": step.core, "status": status}
-        self.state["rows"] = [*others, {**row, "seconds": round(seconds, 1), "tail": tail[-2500:]}]
+        self.state["rows"] = [*others, {**row, "seconds": round(seconds, 1), "tail": tail[-TAIL_CHARACTERS:]}]
         self.save()
 
     def all_steps(self) -> None:

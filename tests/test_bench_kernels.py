@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import _bounds, _measure, _small, counters, kernels, roofline, sanitize
+from bench import _bounds, _failure, _measure, _merge, _small, counters, kernels, roofline, sanitize
 from bench._tree import tree_hash
 from bench.peers import _cufft
 from bench.peers._problem import Peer, Problem, Shape
@@ -98,10 +98,40 @@ def test_a_wrong_peer_and_one_that_fails_get_no_time() -> None:
     assert rows[0].bound_share == pytest.approx((rows[0].bound_ms or 0) / (rows[0].median_ms or 1))
     reasons = [row.skipped or "" for row in rows]
     assert reasons[1].startswith("wrong: differs from its reference by 1.0e-02")
-    assert reasons[2] == "RuntimeError: no such kernel"
+    assert reasons[2] == "RuntimeError: no such kernel ... and more"
     assert reasons[3].startswith("wrong: differs from its reference by inf")
     assert "--budget-seconds" in reasons[4]
     assert reasons[5] == "Triton's interpreter is never timed"
+
+
+@pytest.mark.parametrize("when", [1, 4])
+def test_a_peer_that_loses_the_gpu(when: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its check, or while it is warmed up: the others' times are another process's to take."""
+    shape = _shape("gated_fusion")
+    problem = _problem(shape)
+    calls = {"bad": 0, "good": 0}
+
+    def fail() -> None:
+        if calls["bad"] >= when:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def good(*arguments: torch.Tensor) -> torch.Tensor:
+        fail()
+        return problem.reference(*arguments)
+
+    def bad(*arguments: torch.Tensor) -> torch.Tensor:
+        calls["bad"] += 1
+        return good(*arguments)
+
+    monkeypatch.setattr(_failure, "is_lost", lambda device: calls["bad"] >= when)
+    peers = [Peer("one", "eager", good), Peer("bad", "eager", bad), Peer("two", "eager", good)]
+    rows = _measure.measure(shape, problem, peers, CPU, CEILINGS, seconds=0.0, stop=0.0)
+    assert [row.skipped for row in rows] == [
+        _failure.WAITING,
+        "lost the GPU: RuntimeError: CUDA error: an illegal memory access was encountered",
+        _failure.WAITING,
+    ]
+    assert [_merge.is_final(dataclasses.asdict(row)) for row in rows] == [False, True, False]
 
 
 def test_the_work_of_the_last_state_by_hand() -> None:

@@ -73,7 +73,7 @@ def test_calls_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     timings = _timing.interleave(calls, CPU, seconds=0.0, least=3, most=50)
     assert "".join(seen[-6:]) == "ababab"
     assert seen[:-6].count("a") == seen[:-6].count("b") == 3, "each is warmed up"
-    assert all(timing.cpu_ms is not None for timing in timings)
+    assert all(isinstance(timing, _timing.Timing) and timing.cpu_ms is not None for timing in timings)
 
 
 def test_the_bound_is_the_slowest_resource() -> None:

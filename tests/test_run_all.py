@@ -29,25 +29,31 @@ HEAD["kernels_tree"] = _merge.kernels_tree()
 SCRIPT = """
 import argparse, json, os, sys, time
 parser = argparse.ArgumentParser()
-for flag in ("--models", "--seq-len", "--batch", "--dtype"):
+for flag in ("--models", "--seq-len", "--batch", "--dtype", "--leave-out"):
     parser.add_argument(flag, nargs="+", default=[])
 for flag in ("--device", "--budget-seconds", "--limit-seconds", "--out"):
     parser.add_argument(flag)
 options = parser.parse_args()
 head, rows = json.loads(os.environ["HEAD"]), []
 with open(os.environ["CALLS"], "a") as calls:
-    calls.write(" ".join(options.seq_len) + "\\n")
+    calls.write(" ".join([*options.seq_len, *options.leave_out]) + "\\n")
 for length in map(int, options.seq_len):
     if length == 13:
         sys.exit("thirteen is refused")
+    lost = length == 31 and not options.leave_out
     for model in options.models:
         for batch in map(int, options.batch):
             for dtype in options.dtype:
                 rows.append({"model": model, "impl": "cpu", "mode": "eager", "dtype": dtype, "batch": batch,
                              "seq_len": length, "median_ms": 1.0, "p20_ms": 1.0, "p80_ms": 1.0, "skipped": None})
+                if lost:
+                    rows[-1] |= {"median_ms": None, "skipped": "not measured: another row lost the GPU that both used"}
+                    rows.append({**rows[-1], "mode": "graph", "skipped": "lost the GPU: RuntimeError: CUDA error"})
     with open(options.out + ".partial", "w") as file:
         json.dump({**head, "rows": rows}, file)
     os.replace(options.out + ".partial", options.out)
+    if lost:
+        sys.exit(3)
     if length == 99:
         time.sleep(60)
 """
@@ -129,6 +135,33 @@ def test_a_script_knows_when_it_is_ended(core: bool, tmp_path: Path, monkeypatch
     assert budget == (limit if core else round(run_all.SCRIPT_SHARE * 84 - run_all.START_SECONDS))
 
 
+def test_a_lost_gpu_costs_one_row(tmp_path: Path) -> None:
+    """The process that lost it ends, and another one measures the rest; so do later steps and runs."""
+    run = _run(tmp_path)
+    run.step(_step("one", 7, 31, 50), seconds=60)
+    culprit = "m2rec/cpu/graph/None/None/float32/1/31/None"
+    assert _calls(tmp_path) == ["7 31 50", f"31 50 {culprit}"]
+    assert _status(run) == {"one": "done"}
+    rows = {(row["seq_len"], row["mode"]): row for row in run.rows("one")}
+    assert {key: row["median_ms"] for key, row in rows.items()} == {
+        (7, "eager"): 1.0, (31, "eager"): 1.0, (31, "graph"): None, (50, "eager"): 1.0,
+    }  # fmt: skip
+    assert rows[31, "graph"]["skipped"] == "lost the GPU: RuntimeError: CUDA error"
+    assert _step("one", 7, 31, 50).missing(run.rows("one")) == ()
+    again = _run(tmp_path)
+    again.step(_step("one", 80), seconds=60)
+    assert _calls(tmp_path)[-1] == f"80 {culprit}"
+
+
+def test_a_gpu_that_is_lost_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(_child, "run", lambda *words: calls.append(1) or _child.Outcome(3, 1.0, "lost"))
+    run = _run(tmp_path)
+    run.step(_step("one", 7), seconds=60)
+    assert len(calls) == run_all.MOST_LOSSES + 1
+    assert _status(run) == {"one": "failed"}
+
+
 def test_resumes_with_what_is_missing(tmp_path: Path) -> None:
     first = _run(tmp_path)
     first.step(_step("one", 7, 13, 50), seconds=30)
@@ -178,6 +211,8 @@ def test_a_time_is_not_lost_to_a_reason(tmp_path: Path) -> None:
     assert [one["median_ms"] for one in json.loads(path.read_text())["rows"]] == [2.0]
     _merge.merge(path, {**HEAD, "rows": [{**row, "median_ms": 1.0}]}, "x")
     assert [one["median_ms"] for one in json.loads(path.read_text())["rows"]] == [1.0]
+    _merge.merge(path, {**HEAD, "rows": [{**row, "median_ms": None, "skipped": "lost the GPU: x"}]}, "x")
+    assert [one["median_ms"] for one in json.loads(path.read_text())["rows"]] == [None], "but to a lost GPU"
 
 
 def test_quick_rows_say_so_and_are_measured_again(tmp_path: Path) -> None:
