@@ -91,7 +91,7 @@ def measure(
             if not row.rel_err <= TOLERANCE[shape.dtype] + peer.error:
                 row.skipped = f"wrong: differs from its reference by {row.rel_err:.1e} (relative L2)"
                 continue
-            if device.type == "cuda":  # a CPU's measurement would disturb the times
+            if device.type == "cuda" and not peer.foreign:  # a CPU's measurement would disturb the times
                 row.peak_mem_mb = _memory.peak_mb(call, device)
         except Exception as error:  # a peer that fails is a row that says so, not the end of the run
             row.skipped = _failure.told(error, device)

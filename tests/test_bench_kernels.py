@@ -15,10 +15,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import _bounds, _failure, _measure, _merge, _small, counters, kernels, roofline, sanitize
+from bench import _bounds, _device_timing, _failure, _measure, _merge, _small, counters, kernels, roofline, sanitize
 from bench._tree import tree_hash
 from bench.peers import _cufft
-from bench.peers._problem import Peer, Problem, Shape
+from bench.peers._problem import INPUTS, Peer, Problem, Shape
 from bench.peers.embed_norm import Joined
 from bench.peers.last_state import problem as last_state_problem
 from fastm2rec import ops
@@ -219,6 +219,43 @@ def test_a_run_resumes_row_by_row(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert again == measured, "a row that is there is not measured again"
     keys = [kernels.key(row) for row in json.loads(out.read_text())["rows"]]
     assert len(keys) == len(set(keys))
+
+
+def test_what_may_end_the_process_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends with every other row written, and is not tried a second time."""
+    out = tmp_path / "kernels.json"
+    flags = ["--device", "cpu", "--core", "--ops", "spectral_projection", "last_scan", "--batch", "2", "--seq-len", "9"]
+    flags += ["--phase", "forward", "--eager-only", "--out", str(out), "--resume"]
+    ended: list[list[dict[str, Any]]] = []
+
+    def crash(*arguments: torch.Tensor) -> torch.Tensor:
+        ended.append(json.loads(out.read_text())["rows"])
+        raise SystemExit("a segmentation fault")
+
+    monkeypatch.setattr(_cufft, "peers", lambda *_: [Peer("cuFFT (CuPy)", "eager", crash, foreign=True)])
+    with pytest.raises(SystemExit, match="a segmentation fault"):
+        kernels.main(flags)
+    (rows,) = ended
+    assert {row["op"] for row in rows if row["median_ms"]} == {"spectral_projection", "last_scan"}
+    assert [row["impl"] for row in rows if row["skipped"] == kernels.ENDED] == ["cuFFT (CuPy)"]
+    kernels.main(flags)
+    assert len(ended) == 1
+    monkeypatch.setattr(
+        _cufft, "peers", lambda *_: [Peer("another", "eager", torch.nn.functional.linear, foreign=True)]
+    )
+    kernels.main(flags)
+    (row,) = [row for row in json.loads(out.read_text())["rows"] if row["impl"] == "another"]
+    assert row["skipped"].startswith("wrong: ")
+    assert row["peak_mem_mb"] is None
+
+
+def test_every_op_with_a_foreign_peer_is_known() -> None:
+    for op in kernels.OPS:
+        assert any(peer.foreign for peer in _problem(_shape(op)).peers) == (op in kernels.FOREIGN)
+
+
+def test_every_input_is_seen_before_the_times_begin() -> None:
+    assert _device_timing.WARM_UP >= INPUTS
 
 
 HOST = """
