@@ -45,6 +45,7 @@ CORE_SECONDS, CORE_SHARE = 480.0, 0.4  # the core pass may take this long, or th
 SCRIPT_SHARE = 0.6  # of a step's time is the script's own budget, which it overruns by the shape that it is at
 START_SECONDS = 8.0  # of a process: imports, the context, the ceilings
 END_SECONDS = 10.0  # before a process is ended, it compiles nothing any more
+KERNELS_END_SECONDS = 12.0
 MOST_LOSSES = 4  # of the GPU, in one step: each takes the time of a start
 TAIL_CHARACTERS = 8000  # of what a script printed: its table and, before it, what failed
 LEAST_SECONDS = 15.0  # a step with less than this left is not begun
@@ -96,13 +97,15 @@ class Run:
             _merge.merge(self.out / f"{script}.json", found, script, bool(quick))
 
     def correctness(self) -> None:
-        """Run the tests, unless they ran to their end before."""
+        """Run the tests, those that did not run to their end before."""
         if _correctness.is_complete(self.state["correctness"]):
             print("correctness: known from the run before", flush=True)
             return
         seconds = CORRECTNESS_SHARE * self.left()
         print(f"correctness, at most {seconds:.0f} s ...", flush=True)
-        self.state["correctness"] = _correctness.run(ROOT, self.header["device_type"], self.environment, seconds)
+        known = self.state["correctness"]
+        kind, environment = self.header["device_type"], self.environment
+        self.state["correctness"] = _correctness.run(ROOT, kind, environment, seconds, known)
         print(f"  {_correctness.summary(self.state['correctness'])}", flush=True)
         self.save()
 
@@ -146,6 +149,8 @@ class Run:
         own, limit = SCRIPT_SHARE * seconds - START_SECONDS, seconds - START_SECONDS - END_SECONDS
         if step.core:  # shapes are in the order of their worth: rather the first ones whole than a part of each
             own = limit
+        if step.script == "kernels":  # keeps a part of its budget, in which it compiles nothing, for what it is at
+            own = seconds - START_SECONDS - KERNELS_END_SECONDS
         command += ["--budget-seconds", f"{max(1.0, own):.0f}", "--out", str(part)]
         if step.compares_models:
             command += ["--limit-seconds", f"{max(1.0, limit):.0f}"]

@@ -133,6 +133,10 @@ def test_a_script_knows_when_it_is_ended(core: bool, tmp_path: Path, monkeypatch
     budget, limit = (float(given[given.index(flag) + 1]) for flag in ("--budget-seconds", "--limit-seconds"))
     assert limit == 84 - run_all.START_SECONDS - run_all.END_SECONDS
     assert budget == (limit if core else round(run_all.SCRIPT_SHARE * 84 - run_all.START_SECONDS))
+    given.clear()
+    (tmp_path / "scripts" / "kernels.py").touch()
+    _run(tmp_path).step(Step("kernels", 1, core), seconds=84.0)
+    assert float(given[given.index("--budget-seconds") + 1]) == 64, "its shapes are short"
 
 
 def test_a_lost_gpu_costs_one_row(tmp_path: Path) -> None:
@@ -336,10 +340,20 @@ def test_correctness_counts_and_says_what_did_not_finish(tmp_path: Path, monkeyp
     assert result["failures"] == ["tests/test_a.py::test_bad"]
     assert result["unfinished"] == ["tests/test_c.py"]
     assert "no_such_module" in result["broken"]["tests/test_b.py"]
+    assert "assert False" in result["files"]["tests/test_a.py"]["tail"]
+    assert "test_slow" in result["files"]["tests/test_c.py"]["tail"]
     assert not _correctness.is_complete(result)
     text = _correctness.summary(result)
     assert "2 passed, 1 failed" in text
     assert "`tests/test_a.py::test_bad`" in text
+    for name in ("b", "c"):
+        (tests / f"test_{name}.py").write_text("def test_good(): pass\n")
+    (tests / "test_a.py").write_text("open('begun again', 'w')\n")
+    _clock(monkeypatch, _correctness, lambda: False)
+    again = _correctness.run(tmp_path, "cpu", os.environ, seconds=30, before=result)
+    assert _correctness.is_complete(again)
+    assert not (tmp_path / "begun again").exists(), "a file that ran to its end is not run again"
+    assert (again["passed"], again["failures"]) == (3, ["tests/test_a.py::test_bad"])
 
 
 def test_the_gpus_tests_are_found(root: Path) -> None:
