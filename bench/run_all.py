@@ -1,7 +1,7 @@
 """The run book for a short window on a GPU: one command leaves a complete, honest record.
 
     python bench/run_all.py --budget-minutes 8 --out results --wheels DIR
-    python bench/run_all.py --budget-minutes 30 --record
+    python bench/run_all.py --budget-minutes 30 --record --pack record.tar
     python bench/run_all.py --budget-minutes 3 --device cpu
 
 First correctness (`pytest -m gpu`), then the scripts beside this one, each in a process of its own: the rows that have
@@ -16,7 +16,11 @@ fresh machine. So the core pass compiles SASRec's pruned form alone, with CUDA g
 are called "compiled, no search"; it is torch's mode "reduce-overhead"); the second pass begins with the same rows and
 the whole search. Ratios are to the fastest of SASRec's rows, whatever its mode, and name it.
 
-Nothing but PYTHONPATH is needed: what is not installed is a row that says so.
+Nothing but PYTHONPATH is needed: what is not installed is a row that says so. --pack keeps a copy of the record in one
+file, which is whole after every step, for a machine that is gone afterwards: unpacked into bench/results/<device>, or
+into the folder of --out, it is the record, and the same command goes on from it.
+
+    mkdir -p bench/results/nvidia-h200 && tar -xf record.tar -C bench/results/nvidia-h200
 """
 
 from __future__ import annotations
@@ -28,6 +32,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from collections.abc import Sequence
@@ -64,8 +69,11 @@ print("PROBE" + json.dumps(_results.document(device, [])))
 class Run:
     """One run: where it writes, how much time is left, what became of its steps."""
 
-    def __init__(self, out: Path, header: dict[str, Any], environment: dict[str, str], stop: float) -> None:
+    def __init__(
+        self, out: Path, header: dict[str, Any], environment: dict[str, str], stop: float, pack: Path | None = None
+    ) -> None:
         self.out = out
+        self.pack = pack
         self.scripts = ROOT / "bench"
         self.header = header
         self.environment = environment
@@ -82,7 +90,11 @@ class Run:
         return self.stop - time.monotonic() - RESERVE_SECONDS
 
     def save(self) -> None:
+        """Write down how far the run is, and pack the record."""
         write_json(self.out / "run_all.json", self.state)
+        (self.out / "summary.md").write_text(self.summary())
+        if self.pack is not None:
+            pack(self.out, self.pack)
 
     def rows(self, script: str) -> list[dict[str, Any]]:
         """What is known already."""
@@ -223,6 +235,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     where.add_argument("--out", type=Path, metavar="DIR", help="write here (default: a temporary folder)")
     where.add_argument("--record", action="store_true", help="write to bench/results/<device>")
     add("--wheels", type=Path, metavar="DIR", help="wheels of mamba-ssm and causal-conv1d, put beside for this run")
+    add("--pack", type=Path, metavar="FILE.tar", help="keep a copy of the record in this file, whole after every step")
     add("--device", choices=["cpu", "cuda"], default="", help="default: cuda where there is one")
     options = parser.parse_args(arguments)
     if not options.budget_minutes > 0:
@@ -283,7 +296,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if isinstance(again, str):
                 print(f"error: with the wheels, fastm2rec does not import any more:\n{again}", file=sys.stderr)
                 return 2
-        run = Run(_folder(options, header), header, environment, stop)
+        run = Run(_folder(options, header), header, environment, stop, options.pack)
         run.notes += [note] if note else []
         print(
             f"{header['device']}; torch {header['torch']}; kernels {header['kernels_tree']}; to {run.out}", flush=True
@@ -294,12 +307,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
             run.correctness()
             run.all_steps()
         finally:
+            run.save()
             text = run.summary()
-            (run.out / "summary.md").write_text(text)
             with contextlib.suppress(OSError):  # absent, or not empty
                 (run.out / ".parts").rmdir()
             print("\n" + text, flush=True)
     return 0
+
+
+def pack(folder: Path, path: Path) -> None:
+    """The record's files as a tar without folders, written whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    with tarfile.open(partial, "w") as tar:
+        for file in sorted([*folder.glob("*.json"), *folder.glob("*.md")]):
+            tar.add(file, file.name)
+    partial.replace(path)
 
 
 def _folder(options: argparse.Namespace, header: dict[str, Any]) -> Path:

@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 import types
 import zipfile
@@ -176,6 +177,26 @@ def test_resumes_with_what_is_missing(tmp_path: Path) -> None:
     third = _run(tmp_path)
     third.step(_step("one", 7, 50), seconds=30)
     assert len(_calls(tmp_path)) == 2, "nothing was missing"
+
+
+def test_a_packed_record_goes_on_elsewhere(tmp_path: Path) -> None:
+    """The file is whole after every step, and what is unpacked is the record."""
+    file = tmp_path / "deep" / "record.tar"
+    here, there = tmp_path / "here", tmp_path / "there"
+    here.mkdir()
+    run = _run(here)
+    run.pack = file
+    run.step(_step("one", 7), seconds=30)
+    with tarfile.open(file) as tar:
+        assert set(tar.getnames()) == {"one.json", "run_all.json", "summary.md"}
+        tar.extractall(there / "out", filter="data")
+    assert not list(file.parent.glob("*.partial"))
+    assert "| done |" in (there / "out" / "summary.md").read_text()
+    second = _run(there)
+    second.step(_step("one", 7, 50), seconds=30)
+    assert _calls(there) == ["50"]
+    second.step(_step("two", 7), seconds=30)
+    assert _status(second) == {"one": "done", "two": "done"}
 
 
 def test_rows_of_another_device_do_not_count_and_are_moved_aside(tmp_path: Path) -> None:
