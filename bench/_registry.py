@@ -101,6 +101,8 @@ class Case:
             return query, scores, ids + 1
 
         if "compiled" in self.mode:
+            # A CUDA graph would otherwise copy the table, as every input, at each replay.
+            torch._dynamo.mark_static_address(weight)
             return _modes.compiled(run, table.device, self.graphs, self.mode != _modes.NO_SEARCH)
         return _modes.Graph(run) if "graph" in self.mode else run
 

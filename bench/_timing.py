@@ -2,11 +2,13 @@
 
 On a CPU a sample is the wall time of as many calls as fill a few milliseconds, and the processor time that all threads
 of the process spent on them, which other work on the machine disturbs less. On CUDA it is the time between two events
-around one call, after a warm-up, with the inputs rotated so that none of them waits in the cache.
+around one call, after a warm-up. Inputs are rotated, so that no result is that of the call before; a GPU's cache may
+hold all of them, as that of an H200, of 50 MB, does with a few batches of ids.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -20,6 +22,8 @@ Result = TypeVar("Result")
 Call = Callable[[int], object]  # called with the number of the sample, to pick its inputs
 
 CPU_SAMPLE_SECONDS = 0.01
+WAKE_SECONDS = 0.3  # of work before the rounds of a GPU, whose clocks fall while the host checks and compiles
+WAKE_SIZE = 4096
 SLOW_SECONDS = 0.1  # a call that takes longer on a CPU is warm after one, and is a sample of its own
 
 
@@ -49,6 +53,7 @@ def interleave(
         For each call its times, or the reason why it has none: it raised, and the others went on. Where it took the
         GPU with it they cannot: each has the times of its samples so far if they are `least`, or else it waits.
     """
+    wake(device)
     failures = Failures(device, len(calls))
     repeats = [failures.of(index, _repeats, call, device) or 0 for index, call in enumerate(calls)]
     samples: list[list[tuple[float, float]]] = [[] for _ in calls]
@@ -61,6 +66,18 @@ def interleave(
         if failures.lost or (turn + 1 >= least and time.perf_counter() - start > seconds):
             break
     return failures.results([_of_both(own, device) if len(own) >= least else None for own in samples])
+
+
+def wake(device: torch.device) -> None:
+    """Let a GPU multiply matrices until its clocks are up. It may be lost, which the calls will say."""
+    if device.type != "cuda":
+        return
+    with contextlib.suppress(RuntimeError):
+        a = torch.zeros(WAKE_SIZE, WAKE_SIZE, dtype=torch.bfloat16, device=device)
+        start = time.perf_counter()
+        while time.perf_counter() - start < WAKE_SECONDS:
+            a @ a
+            torch.cuda.synchronize(device)
 
 
 class Failures:

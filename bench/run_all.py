@@ -56,6 +56,7 @@ TAIL_CHARACTERS = 8000  # of what a script printed: its table and, before it, wh
 LEAST_SECONDS = 15.0  # a step with less than this left is not begun
 RESERVE_SECONDS = 5.0  # for the summary
 PACKAGES = ("selective_scan_cuda", "causal_conv1d")  # what the wheels are for
+CHECKS = ("sanitize", "counters")  # their rows have no times
 NO_TARGETS = "They are set for a GPU: times of a CPU settle none of them."
 PROBE = """
 import json, sys, torch
@@ -220,6 +221,11 @@ class Run:
         text += ["\n".join(lines), "## Rows"]
         counts = []
         for script, own in sorted(rows.items()):
+            if script in CHECKS:
+                errors = [row for row in own if row.get("result", "clean") != "clean"]
+                counts.append(f"* {script}: {len(own)} rows, {len(errors)} of them not clean")
+                counts += [f"  * {row['op']}, {row['mode']}: {row['result']}" for row in errors]
+                continue
             timed = sum(row.get("median_ms") is not None or row.get("peak_mem_mb") is not None for row in own)
             wrong = [row for row in own if (row.get("skipped") or "").startswith("wrong")]
             counts.append(f"* {script}: {timed} measured, {len(own) - timed} skipped, {len(wrong)} of them wrong")

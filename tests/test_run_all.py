@@ -20,7 +20,18 @@ from typing import Any
 import pytest
 import torch
 
-from bench import _child, _correctness, _merge, _modes, _plan, _targets, run_all
+from bench import (
+    _child,
+    _correctness,
+    _merge,
+    _modes,
+    _plan,
+    _results,
+    _targets,
+    counters,
+    run_all,
+    sanitize,
+)
 from bench._plan import Step
 
 HEAD = {"device": "Z", "device_type": "cpu", "torch": "2", "triton": "3", "python": "3.11", "created": "2026"}
@@ -159,8 +170,13 @@ def test_a_lost_gpu_costs_one_row(tmp_path: Path) -> None:
 
 
 def test_a_gpu_that_is_lost_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr(_child, "run", lambda *words: calls.append(1) or _child.Outcome(3, 1.0, "lost"))
+    calls: list[object] = []
+
+    def run_and_lose(*words: object) -> _child.Outcome:
+        calls.append(words)
+        return _child.Outcome(3, 1.0, "lost")
+
+    monkeypatch.setattr(_child, "run", run_and_lose)
     run = _run(tmp_path)
     run.step(_step("one", 7), seconds=60)
     assert len(calls) == run_all.MOST_LOSSES + 1
@@ -381,6 +397,30 @@ def test_the_gpus_tests_are_found(root: Path) -> None:
     found = _correctness.files(root, "cuda")
     assert "tests/test_selective_scan_kernel.py" in found
     assert found.index("tests/test_selective_scan_kernel.py") < found.index("tests/test_bench.py")
+
+
+@pytest.mark.parametrize("script", [sanitize, counters])
+def test_what_the_tools_found_is_in_the_summary(
+    script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Their rows are of a device, as all are, and an error that a tool found does not stay in a file."""
+    table = '"ID","Kernel Name","Metric Name","Metric Value"\n"0","a_kernel","Duration","7"\n'
+    outcomes = iter([_child.Outcome(0, 1.0, table), _child.Outcome(sanitize.ERROR_CODE, 1.0, table)])
+    monkeypatch.setattr(_child, "run", lambda *words: next(outcomes))
+    monkeypatch.setattr(script.shutil, "which", lambda name: name)
+    monkeypatch.setattr(_results, "device_name", lambda device: "Z")
+    run = _run(tmp_path, device_type="cuda")
+    name = script.__name__.rpartition(".")[2]
+    part = run.out / f"{name}.part"
+    tools = ["--tools", "memcheck"] if script is sanitize else []
+    script.main(["--ops", "last_state", "gated_fusion", *tools, "--out", str(part)])
+    run.header = {**run.header, **{key: json.loads(part.read_text())[key] for key in _merge.ORIGIN}}
+    _merge.merge(run.out / f"{name}.json", json.loads(part.read_text()), name)
+    summary = run.summary()
+    if script is sanitize:
+        assert "* sanitize: 2 rows, 1 of them not clean\n  * gated_fusion, memcheck: FOUND ERRORS" in summary
+    else:
+        assert "* counters: 2 rows, 0 of them not clean" in summary
 
 
 def test_wheels_that_do_not_import_are_told_from_our_own_failure(tmp_path: Path) -> None:
