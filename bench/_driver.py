@@ -73,12 +73,14 @@ class Budget:
     Args:
         seconds: no shape is begun after them.
         shapes: how many there are.
-        limit: when the process will be ended; None for `seconds`.
+        limit: when the process will be ended, which makes what comes first worth more than something of everything;
+            None for `seconds`.
     """
 
     def __init__(self, seconds: float, shapes: int, limit: float | None = None) -> None:
         self._seconds = seconds
         self._limit = seconds if limit is None else limit
+        self._reserve = limit is None
         self._start = time.perf_counter()
         self._waiting = shapes
         self._first = True
@@ -102,9 +104,13 @@ class Budget:
         self._first = False
         return seconds
 
-    def may_compile(self) -> bool:
-        """Would there be time for the shapes that wait, if one more row were compiled?"""
-        return self.until_limit() - self.compile_seconds >= SHAPE_SECONDS * self._waiting
+    def may_compile(self, first: bool = False) -> bool:
+        """Would there be time for the shapes that wait, if one more row were compiled?
+
+        The first row of a shape, the peer of all ratios, does not wait for other shapes where a limit is given.
+        """
+        waiting = self._waiting if self._reserve or not first else 0
+        return self.until_limit() - self.compile_seconds >= SHAPE_SECONDS * waiting
 
 
 def checked(jobs: Sequence[Job], budget: Budget, device: torch.device) -> list[tuple[Job, _timing.Call]]:
@@ -114,12 +120,13 @@ def checked(jobs: Sequence[Job], budget: Budget, device: torch.device) -> list[t
         LostError: one of them took the GPU with it, as its row says.
     """
     ready: list[tuple[Job, _timing.Call]] = []
+    first = next((job for job in jobs if job.is_late and job.prepare), None)
     for job in jobs:
         row = job.row
         if job.prepare is None:
             assert row.skipped is not None
             continue
-        if job.is_late and not budget.may_compile():
+        if job.is_late and not budget.may_compile(job is first):
             row.skipped = f"not compiled: {budget.label}"
             continue
         begun = time.perf_counter()
@@ -239,7 +246,7 @@ def sweep(
         late = [job for job in jobs if job.is_late]
         try:
             ready = checked([job for job in jobs if not job.is_late], budget, device)
-            if any(job.prepare for job in late) and budget.may_compile():
+            if any(job.prepare for job in late) and budget.may_compile(first=True):
                 fill(ready, min(seconds, PREVIEW_SECONDS), shape.dtype)
                 waiting = {id(job.row): budget.compiling for job in late if job.prepare}
                 rows = (job.row for job in jobs)

@@ -166,8 +166,17 @@ def test_a_budget_shares_out_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     assert budget.may_compile(), "what is begun in the budget may end after it"
     now = 22.1
     assert not budget.may_compile()
+    now = 30.0
+    assert budget.may_compile(first=True), "of the shape at hand the peer of all ratios"
+    now = 30.1
+    assert not budget.may_compile(first=True)
     now = 51.0
     assert budget.until_limit() == 0.0
+    now = 0.0
+    budget = _driver.Budget(100.0, 2)
+    budget.begin()
+    now = 72.1
+    assert not budget.may_compile(first=True), "without a limit every shape has something"
 
 
 def _run(root: Path, script: str, *flags: str) -> subprocess.CompletedProcess[str]:
