@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastm2rec import _mamba_ssm
 from fastm2rec.base import SequentialRecommender
@@ -20,7 +20,11 @@ from fastm2rec.reference.mamba import Mamba, every
 
 
 class CudaMamba(Mamba):
-    """The block on mamba-ssm's scan and causal-conv1d's convolution; the same parameters and result."""
+    """The block on mamba-ssm's scan and causal-conv1d's convolution; the same parameters and result.
+
+    As in mamba_ssm's own block, products write the layout that those kernels read: [B, C, L] with time innermost. The
+    filter's transforms take and leave it so as well.
+    """
 
     def forward(
         self,
@@ -29,24 +33,29 @@ class CudaMamba(Mamba):
         filter: Callable[[Tensor], Tensor] | None = None,
         stride: int = 1,
     ) -> Tensor:
-        u, z = self.in_proj(x).chunk(2, dim=-1)
+        u, z = _time_innermost(x, self.in_proj).chunk(2, dim=1)
         activation = "silu" if filter is None else None  # the convolution's kernel applies it where nothing intervenes
-        u = _mamba_ssm.causal_conv1d(u.transpose(1, 2), self.conv1d.weight.squeeze(1), self.conv1d.bias, activation)
-        u = u.transpose(1, 2)
+        u = _mamba_ssm.causal_conv1d(u, self.conv1d.weight.squeeze(1), self.conv1d.bias, activation)
         if filter is not None:
-            u = F.silu(filter(u))
+            u = F.silu(filter(u.transpose(1, 2))).transpose(1, 2)
         if stride > 1:
             assert lengths is not None
-            u, z = every(u, lengths, stride), every(z, lengths, stride)
-        delta, B, C = self.x_proj(u).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
+            u, z = (every(part.transpose(1, 2), lengths, stride).transpose(1, 2) for part in (u, z))
+        delta, B, C = self.x_proj(u.transpose(1, 2)).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         y = _mamba_ssm.selective_scan(
-            u.transpose(1, 2), F.linear(delta, self.dt_proj.weight).transpose(1, 2), -torch.exp(self.A_log.float()),
-            B.transpose(1, 2), C.transpose(1, 2), self.D, None if self.scan_norm else z.transpose(1, 2),
-            self.dt_proj.bias, True,
+            u, _time_innermost(delta, self.dt_proj, with_bias=False), -torch.exp(self.A_log.float()),
+            B.transpose(1, 2), C.transpose(1, 2), self.D, None if self.scan_norm else z, self.dt_proj.bias, True,
         )  # fmt: skip
         assert isinstance(y, Tensor)
         y = y.transpose(1, 2)
-        return self.out_proj(self.norm(y) * F.silu(z) if self.scan_norm else y)
+        return self.out_proj(self.norm(y) * F.silu(z.transpose(1, 2)) if self.scan_norm else y)
+
+
+def _time_innermost(x: Tensor, linear: nn.Linear, with_bias: bool = True) -> Tensor:
+    """linear(x) of x [B, L, D] as [B, E, L], by one product that leaves it in memory as [E, B, L]."""
+    batch, length, _ = x.shape
+    y = (linear.weight @ x.reshape(batch * length, -1).t()).unflatten(1, (batch, length)).transpose(0, 1)
+    return y if linear.bias is None or not with_bias else y + linear.bias[:, None]
 
 
 def kinds(model: str, device: torch.device) -> list[tuple[str, str, str | None]]:

@@ -19,6 +19,7 @@ RESULT = re.compile(r"^(\S+::.+?) (PASSED|FAILED|ERROR|SKIPPED)", re.MULTILINE)
 # Kernels first: their results decide what the times are worth.
 LAST = ("test_bench", "test_mamba_ssm")
 MOST_AT_ONCE = 8
+TAIL_CHARACTERS = 3000  # of what pytest printed for a file
 
 
 def files(root: Path, device: str) -> list[str]:
@@ -30,42 +31,78 @@ def files(root: Path, device: str) -> list[str]:
     return [str(path.relative_to(root)) for path in marked]
 
 
-def run(root: Path, device: str, environment: Mapping[str, str], seconds: float) -> dict[str, Any]:
+def run(
+    root: Path, device: str, environment: Mapping[str, str], seconds: float, before: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Run them; what is not finished in time is stopped and counts as not finished.
+
+    Args:
+        root: the project.
+        device: "cuda" or "cpu".
+        environment: of the processes.
+        seconds: for all of them.
+        before: the result of an earlier run; files that ran to their end in it are not run again.
 
     Returns:
         Counts of passed, failed and skipped tests, the names of failed ones, the files that did not finish, the end
-        of the output of files that failed without a failing test, and the seconds it took.
+        of the output of files that failed without a failing test, the seconds it took, and `files`: all of that of each
+        file, with the end of what pytest printed where something failed or did not end.
     """
-    waiting = files(root, device)
-    return _side_by_side(root, waiting, ["-m", "gpu" if device == "cuda" else "not slow"], environment, seconds)
+    kept = {name: one for name, one in ((before or {}).get("files") or {}).items() if one["status"] == "ended"}
+    waiting = [name for name in files(root, device) if name not in kept]
+    begun = time.monotonic()
+    found = _side_by_side(root, waiting, ["-m", "gpu" if device == "cuda" else "not slow"], environment, seconds)
+    spent = time.monotonic() - begun + (before["seconds"] if before and kept else 0.0)
+    return _total(kept | found, spent)
+
+
+def _total(by_file: Mapping[str, Mapping[str, Any]], seconds: float) -> dict[str, Any]:
+    counts = {word: sum(one[word] for one in by_file.values()) for word in ("passed", "failed", "skipped")}
+    return {
+        **counts,
+        "failures": sorted(failure for one in by_file.values() for failure in one["failures"]),
+        "unfinished": sorted(name for name, one in by_file.items() if one["status"] == "unfinished"),
+        "broken": {name: one["tail"] for name, one in by_file.items() if one["status"] == "broken"},
+        "seconds": round(seconds, 1),
+        "files": dict(by_file),
+    }
+
+
+def _of_file(status: str, output: str) -> dict[str, Any]:
+    results = RESULT.findall(output)
+    counts = Counter(word for _, word in results)
+    failures = sorted(name for name, word in results if word in ("FAILED", "ERROR"))
+    return {
+        "status": status,
+        "passed": counts["PASSED"],
+        "failed": len(failures),
+        "skipped": counts["SKIPPED"],
+        "failures": failures,
+        "tail": output[-TAIL_CHARACTERS:] if failures or status != "ended" else "",
+    }
 
 
 def _side_by_side(
     root: Path, waiting: list[str], chosen: Sequence[str], environment: Mapping[str, str], seconds: float
-) -> dict[str, Any]:
+) -> dict[str, dict[str, Any]]:
     begun = time.monotonic()
     at_once = max(1, min(MOST_AT_ONCE, (os.cpu_count() or 1) // 2))
     running: dict[str, _child.Child] = {}
-    outputs: dict[str, str] = {}
-    unfinished: list[str] = []
-    broken: dict[str, str] = {}
+    found: dict[str, dict[str, Any]] = {}
 
     def close(name: str) -> None:
         child = running.pop(name)
         was_running = child.is_running()
-        outputs[name] = child.output()
+        output = child.output()
         outcome = child.end()
-        if was_running:
-            unfinished.append(name)
-        elif outcome.code not in (0, 1, 5):  # pytest's: passed, some failed, nothing to run
-            broken[name] = outcome.tail[-1500:]
+        ended = outcome.code in (0, 1, 5)  # pytest's: passed, some failed, nothing to run
+        found[name] = _of_file("unfinished" if was_running else "ended" if ended else "broken", output)
 
     try:
         while (waiting or running) and time.monotonic() - begun < seconds:
             while waiting and len(running) < at_once:
                 name = waiting.pop(0)
-                command = [sys.executable, "-m", "pytest", name, *chosen, "-v", "--tb=line", "-p", "no:cacheprovider"]
+                command = [sys.executable, "-m", "pytest", name, *chosen, "-v", "--tb=short", "-p", "no:cacheprovider"]
                 running[name] = _child.Child(command, environment, root)
             time.sleep(_child.POLL_SECONDS)
             for name in [name for name, child in running.items() if not child.is_running()]:
@@ -73,17 +110,7 @@ def _side_by_side(
     finally:
         for name in list(running):
             close(name)
-    results = [found for text in outputs.values() for found in RESULT.findall(text)]
-    counts = Counter(word for _, word in results)
-    return {
-        "passed": counts["PASSED"],
-        "failed": counts["FAILED"] + counts["ERROR"],
-        "skipped": counts["SKIPPED"],
-        "failures": sorted(name for name, word in results if word in ("FAILED", "ERROR")),
-        "unfinished": sorted([*unfinished, *waiting]),
-        "broken": broken,
-        "seconds": round(time.monotonic() - begun, 1),
-    }
+    return found | {name: _of_file("unfinished", "") for name in waiting}
 
 
 def is_complete(result: Mapping[str, Any] | None) -> bool:

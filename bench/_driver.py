@@ -2,11 +2,15 @@
 
 A `Job` is a row that can be made into a call. What raises, runs out of memory or computes something else than its
 reference becomes a row that says so, and the others go on.
+
+All times of a shape come from one run of interleaved rounds, after the last of its jobs was compiled. Compiling may
+take longer than a process has: what needs none is measured and written before, and replaced when the shape is done.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import gc
 import sys
@@ -16,12 +20,13 @@ from dataclasses import dataclass
 
 import torch
 
-from . import _bounds, _memory, _timing
+from . import _bounds, _failure, _memory, _timing
 from ._options import DTYPES
-from ._results import Row, Writer, device_name, result_path
+from ._results import Row, Writer, device_name, result_path, row_label
 
 LEAST_ROUNDS = 3
 MEASURE_SHARE = 0.35  # of a shape's time goes to rounds of measurement; the rest is building, checking and compiling
+PREVIEW_SECONDS = 2.0  # of the rounds before the first job is compiled
 COMPILE_SECONDS = 20.0  # what compiling is taken to need before one has been seen
 SHAPE_SECONDS = 8.0  # what is kept for each shape that waits, and not spent on compiling
 
@@ -63,18 +68,32 @@ JobMaker = Callable[[Shape], Sequence[Job]]
 
 
 class Budget:
-    """Seconds, and how they are shared out among shapes. The first shape always runs."""
+    """Seconds, and how they are shared out among shapes. The first shape always runs.
 
-    def __init__(self, seconds: float, shapes: int) -> None:
+    Args:
+        seconds: no shape is begun after them.
+        shapes: how many there are.
+        limit: when the process will be ended, which makes what comes first worth more than something of everything;
+            None for `seconds`.
+    """
+
+    def __init__(self, seconds: float, shapes: int, limit: float | None = None) -> None:
         self._seconds = seconds
+        self._limit = seconds if limit is None else limit
+        self._reserve = limit is None
         self._start = time.perf_counter()
         self._waiting = shapes
         self._first = True
         self.compile_seconds = COMPILE_SECONDS
         self.label = f"the time budget ran out (--budget-seconds {seconds:g})"
+        self.compiling = f"not compiled: the process ended before it was (--budget-seconds {seconds:g})"
 
     def left(self) -> float:
         return self._seconds - (time.perf_counter() - self._start)
+
+    def until_limit(self) -> float:
+        """Seconds until the process will be ended, at least 0."""
+        return max(0.0, self._limit - (time.perf_counter() - self._start))
 
     def begin(self) -> float | None:
         """Seconds for the rounds of the next shape; None where there is no time for it."""
@@ -85,48 +104,36 @@ class Budget:
         self._first = False
         return seconds
 
-    def may_compile(self) -> bool:
-        """Would there be time for the shapes that wait, if one more row were compiled?"""
-        return self.left() - self.compile_seconds >= SHAPE_SECONDS * self._waiting
+    def may_compile(self, first: bool = False) -> bool:
+        """Would there be time for the shapes that wait, if one more row were compiled?
+
+        The first row of a shape, the peer of all ratios, does not wait for other shapes where a limit is given.
+        """
+        waiting = self._waiting if self._reserve or not first else 0
+        return self.until_limit() - self.compile_seconds >= SHAPE_SECONDS * waiting
 
 
-class _Guarded:
-    """A call that fails once and is silent afterwards, so that the others of its round go on."""
+def checked(jobs: Sequence[Job], budget: Budget, device: torch.device) -> list[tuple[Job, _timing.Call]]:
+    """The jobs whose call computes what it should, with their calls; the rows of the others say what is wrong.
 
-    def __init__(self, call: _timing.Call) -> None:
-        self._call = call
-        self.failure: str | None = None
-
-    def __call__(self, turn: int) -> None:
-        if self.failure is None:
-            try:
-                self._call(turn)
-            except Exception as error:
-                self.failure = reason(error)
-
-
-def reason(error: BaseException) -> str:
-    """An exception in a line."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-def checked(jobs: Sequence[Job], budget: Budget) -> list[tuple[Job, _timing.Call]]:
-    """The jobs whose call computes what it should, with their calls; the rows of the others say what is wrong."""
+    Raises:
+        LostError: one of them took the GPU with it, as its row says.
+    """
     ready: list[tuple[Job, _timing.Call]] = []
+    first = next((job for job in jobs if job.is_late and job.prepare), None)
     for job in jobs:
         row = job.row
         if job.prepare is None:
             assert row.skipped is not None
             continue
-        if job.is_late and not budget.may_compile():
+        if job.is_late and not budget.may_compile(job is first):
             row.skipped = f"not compiled: {budget.label}"
             continue
         begun = time.perf_counter()
         try:
             call, row.max_rel_err = job.prepare()
         except Exception as error:
-            row.skipped = reason(error)
+            _fail(row, error, device)
             _release()
             continue
         if job.is_late:
@@ -141,13 +148,19 @@ def checked(jobs: Sequence[Job], budget: Budget) -> list[tuple[Job, _timing.Call
 def fill_times(
     ready: Sequence[tuple[Job, _timing.Call]], device: torch.device, ceilings: _bounds.Ceilings, seconds: float
 ) -> None:
-    """Time what is ready, in turn, and fill in the rows."""
-    guarded = [_Guarded(call) for _, call in ready]
-    timings = _timing.interleave(guarded, device, seconds, LEAST_ROUNDS) if ready else []
-    for (job, _), guard, timing in zip(ready, guarded, timings, strict=True):
+    """Time what is ready, in turn, and fill in the rows.
+
+    Raises:
+        LostError: as `checked`.
+    """
+    timings = _timing.interleave([call for _, call in ready], device, seconds, LEAST_ROUNDS) if ready else []
+    lost = any(isinstance(timing, str) and _failure.concerns(timing) for timing in timings)
+    for (job, call), timing in zip(ready, timings, strict=True):
         row = job.row
-        if guard.failure is not None:
-            row.skipped = guard.failure
+        if isinstance(timing, str):
+            if timing != _failure.WAITING:
+                _forget(row)
+                row.skipped = timing
             continue
         row.median_ms, row.p20_ms, row.p80_ms = timing.median_ms, timing.p20_ms, timing.p80_ms
         row.cpu_ms = timing.cpu_ms
@@ -156,18 +169,29 @@ def fill_times(
             row.bound, row.bound_ms = ceilings.bound(job.work)
             row.bound_share = row.bound_ms / timing.median_ms
         # A graph, also one that torch.compile made, has taken its memory before.
-        if device.type == "cuda" and "graph" not in row.mode and "compiled" not in row.mode:
-            fill_memory(job, guard, device)
+        if device.type == "cuda" and not lost and "graph" not in row.mode and "compiled" not in row.mode:
+            fill_memory(job, call, device)
+    if lost:
+        raise _failure.LostError
 
 
 def fill_memory(job: Job, call: _timing.Call, device: torch.device) -> None:
-    """Measure the peak of a call that has run before, and fill in the row."""
-    guard = _Guarded(call)
-    peak = _memory.peak_mb(guard, device)
-    if guard.failure is None:
-        job.row.peak_mem_mb = peak
-    else:
-        job.row.skipped = guard.failure
+    """Measure the peak of a call that has run before, and fill in the row.
+
+    Raises:
+        LostError: as `checked`.
+    """
+    try:
+        job.row.peak_mem_mb = _memory.peak_mb(call, device)
+    except Exception as error:
+        _fail(job.row, error, device)
+
+
+def _fail(row: Row, error: Exception, device: torch.device) -> None:
+    """Say so in the row."""
+    row.skipped = _failure.told(error, device)
+    if _failure.concerns(row.skipped):
+        raise _failure.LostError from error
 
 
 def sweep(
@@ -190,7 +214,15 @@ def sweep(
     """
     device = torch.device(options.device)
     writer = Writer(result_path(script, device, options.out, options.record), device, script)
-    budget = Budget(options.budget_seconds, len(shapes))
+    budget = Budget(options.budget_seconds, len(shapes), options.limit_seconds)
+
+    def fill(ready: Sequence[tuple[Job, _timing.Call]], seconds: float, dtype: str) -> None:
+        if only_memory:
+            for job, call in ready:
+                fill_memory(job, call, device)
+        else:
+            fill_times(ready, device, ceilings[dtype], min(seconds, budget.until_limit()))
+
     ceilings: dict[str, _bounds.Ceilings] = {}
     if only_memory and device.type == "cpu":
         _memory.no_reuse()
@@ -206,23 +238,52 @@ def sweep(
             if not only_memory and shape.dtype not in ceilings:
                 ceilings[shape.dtype] = _bounds.measure_ceilings(device, DTYPES[shape.dtype])
         except Exception as error:
-            writer.add([dataclasses.replace(row, skipped=reason(error)) for row in empty(shape)])
+            said = _failure.told(error, device)
+            writer.add([dataclasses.replace(row, skipped=said) for row in empty(shape)])
+            if _failure.concerns(said):
+                _failure.end()
             continue
-        ready = checked(jobs, budget)
-        if only_memory:
-            for job, call in ready:
-                fill_memory(job, call, device)
-        else:
-            fill_times(ready, device, ceilings[shape.dtype], seconds)
+        late = [job for job in jobs if job.is_late]
+        try:
+            ready = checked([job for job in jobs if not job.is_late], budget, device)
+            if any(job.prepare for job in late) and budget.may_compile(first=True):
+                fill(ready, min(seconds, PREVIEW_SECONDS), shape.dtype)
+                waiting = {id(job.row): budget.compiling for job in late if job.prepare}
+                rows = (job.row for job in jobs)
+                writer.preview([dataclasses.replace(row, skipped=waiting.get(id(row), row.skipped)) for row in rows])
+                ready = [one for one in ready if one[0].row.skipped is None]
+            ready += checked(late, budget, device)
+            fill(ready, seconds, shape.dtype)
+        except _failure.LostError:
+            for job in jobs:
+                if job.row.skipped is None and not has_value(job.row):
+                    job.row.skipped = _failure.WAITING
+            writer.add([job.row for job in jobs])
+            _failure.end()
         writer.add([job.row for job in jobs])
-        del jobs, ready
+        del jobs, late, ready
         _release(compiled=True)
     print(f"rows: {writer.path}", file=sys.stderr)
     return writer.rows
 
 
+def _forget(row: Row) -> None:
+    """Take back what was measured before the row failed."""
+    row.median_ms = row.p20_ms = row.p80_ms = row.cpu_ms = row.sequences_per_s = row.peak_mem_mb = None
+    row.bound = row.bound_ms = row.bound_share = None
+
+
+def has_value(row: Row) -> bool:
+    """Was anything measured?"""
+    return row.median_ms is not None or row.peak_mem_mb is not None
+
+
 def _wanted(row: Row, options: argparse.Namespace) -> bool:
+    if row_label(row) in (options.leave_out or ()):
+        return False
     if options.eager_only and ("compiled" in row.mode or "graph" in row.mode):
+        return False
+    if options.compile is not None and "compiled" in row.mode and row.impl not in options.compile:
         return False
     return options.impls is None or row.impl in options.impls
 
@@ -233,7 +294,8 @@ def _release(compiled: bool = False) -> None:
         torch.compiler.reset()
     gc.collect()
     if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+        with contextlib.suppress(RuntimeError):  # of a lost GPU, which the next call finds
+            torch.cuda.empty_cache()
 
 
 def grid(options: argparse.Namespace) -> Iterator[Shape]:

@@ -35,6 +35,7 @@ class Jobs:
 
     def __init__(self, options: argparse.Namespace, text_dim: int = TEXT_DIM, graphs: bool = True) -> None:
         self._graphs = graphs
+        self._search: bool = not options.quick
         self._models: tuple[str, ...] = tuple(options.models)
         self._d_state: int = options.d_state
         self._topk: int = getattr(options, "topk", min(TOPK, options.n_items))
@@ -45,7 +46,7 @@ class Jobs:
     def __call__(self, shape: Shape) -> list[Job]:
         sizes = Sizes(
             shape.n_items, self._d_state, self._topk, DTYPES[shape.dtype], self._device, self._text_dim,
-            self._graphs,
+            self._search, self._graphs,
         )  # fmt: skip
         key = (shape.dtype, shape.seq_len, shape.n_items)
         if self._made is None or self._made[0] != key:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench import _bounds, _device_timing, _memory, _timing
+from bench import _bounds, _device_timing, _failure, _memory, _timing
 from bench.peers._problem import INPUTS, Arguments, Peer, Problem, Shape
 
 # Relative L2 error of each output and gradient. Half precision: inputs are rounded already, so what is left are the
@@ -61,14 +61,20 @@ def measure(
     seconds: float,
     stop: float,
 ) -> list[Row]:
-    """Check and time `peers`; after `stop` (of time.perf_counter) nothing more is compiled."""
+    """Check and time `peers`; after `stop` (of time.perf_counter) nothing more is compiled.
+
+    Where a peer takes the GPU with it, those without a time wait for another process, as their rows say.
+    """
     rows: list[Row] = []
     ready: list[tuple[Row, Peer, Callable[[int], object]]] = []
     expected: list[Tensor] | None = None
     dy = gradient(problem, shape)
+    lost = False
     for peer in peers:
         row = blank(shape, peer, problem.what)
         rows.append(row)
+        if lost:
+            row.skipped = row.skipped or _failure.WAITING
         if row.skipped is None and shape.phase == "training" and not peer.trains:
             row.skipped = "has no gradient"
         if row.skipped is None and peer.impl.startswith("triton") and device.type != "cuda":
@@ -85,17 +91,25 @@ def measure(
             if not row.rel_err <= TOLERANCE[shape.dtype] + peer.error:
                 row.skipped = f"wrong: differs from its reference by {row.rel_err:.1e} (relative L2)"
                 continue
-            if device.type == "cuda":  # a CPU's measurement would disturb the times
+            if device.type == "cuda" and not peer.foreign:  # a CPU's measurement would disturb the times
                 row.peak_mem_mb = _memory.peak_mb(call, device)
         except Exception as error:  # a peer that fails is a row that says so, not the end of the run
-            row.skipped = f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0][:300]}"
+            row.skipped = _failure.told(error, device)
+            lost = _failure.concerns(row.skipped)
             continue
         row.bound, row.bound_ms = ceilings.bound(peer.work or problem.work)
         ready.append((row, peer, call))
     del expected
+    if lost:
+        for row, *_ in ready:
+            row.skipped, row.peak_mem_mb = _failure.WAITING, None
+        return rows
     interleave = _device_timing.interleave if device.type == "cuda" else _timing.interleave
     timings = interleave([call for *_, call in ready], device, seconds, LEAST_ROUNDS) if ready else []
     for (row, *_), timing in zip(ready, timings, strict=True):
+        if isinstance(timing, str):
+            row.skipped, row.peak_mem_mb = timing, None
+            continue
         row.median_ms, row.p20_ms, row.p80_ms = timing.median_ms, timing.p20_ms, timing.p80_ms
         assert row.bound_ms is not None
         row.bound_share = row.bound_ms / timing.median_ms

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from bench import _failure
 from bench._results import ROOT, write_json
 from bench._tree import tree_hash
 from bench.compare import key
@@ -31,7 +32,9 @@ def read(path: Path) -> dict[str, Any] | None:
 def merge(path: Path, part: dict[str, Any], script: str, quick: bool = False) -> None:
     """Add the rows of `part` to the file: a new time replaces an old one, a reason replaces no time.
 
-    Rows of a `quick` run say so, and what was compiled in one is another row than what was compiled at leisure.
+    Except one: a row that lost the GPU has no time that it may keep.
+
+    Rows of a `quick` run say so: what is compiled at leisure is measured again, with everything beside it.
 
     A file of other kernels or of another device is moved to `<name>.<its kernels>.json` first.
     """
@@ -45,10 +48,9 @@ def merge(path: Path, part: dict[str, Any], script: str, quick: bool = False) ->
         if row.get("impl") == NOBODY and not is_final(row):
             continue
         if quick:
-            compiled = "compiled" in row["mode"]
-            row = {**row, "quick": True, "mode": f"{row['mode']}, cuBLAS only" if compiled else row["mode"]}
+            row = {**row, "quick": True}
         before = rows.get(key(row))
-        if before is None or not _has_time(before) or _has_time(row):
+        if before is None or not _has_time(before) or _has_time(row) or is_culprit(row):
             rows[key(row)] = row
     merged = {**part, "rows": list(rows.values())}
     if merged["rows"] != (old or {}).get("rows"):
@@ -61,7 +63,13 @@ def same_origin(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 def is_final(row: dict[str, Any]) -> bool:
     """Measured, or skipped for a reason that more time does not change."""
-    return _has_time(row) or "--budget-seconds" not in (row.get("skipped") or "")
+    reason = row.get("skipped") or ""
+    return _has_time(row) or not ("--budget-seconds" in reason or reason == _failure.WAITING)
+
+
+def is_culprit(row: dict[str, Any]) -> bool:
+    """Did it take the GPU with it?"""
+    return (row.get("skipped") or "").startswith(_failure.LOST)
 
 
 def _has_time(row: dict[str, Any]) -> bool:

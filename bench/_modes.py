@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+NO_SEARCH = "compiled, no search"  # the mode of a row that was compiled without torch.compile's search among kernels
 WARM_UPS = 3  # before a capture, as torch's own recipe has it
 
 
@@ -23,8 +24,17 @@ def cannot_compile(device: torch.device) -> str | None:
     return None
 
 
-def compiled(function: Callable[..., Any], device: torch.device, graphs: bool = True) -> Callable[..., Any]:
+def compiled(
+    function: Callable[..., Any], device: torch.device, graphs: bool = True, search: bool = True
+) -> Callable[..., Any]:
     """`function` through torch.compile, for the shapes it is first called with; on CUDA autotuned, in CUDA graphs.
+
+    Args:
+        function: has a code object of its own.
+        device: where it runs.
+        graphs: in CUDA graphs.
+        search: autotuned: kernels of every kind are tried on the device, and their tiles one coordinate after the
+            other. That takes a minute and more; without it a few seconds.
 
     torch.compile keeps what it made by code object, and refuses to make more than a few for one. Functions that come
     from one `def` share theirs, so each is given its own.
@@ -34,9 +44,17 @@ def compiled(function: Callable[..., Any], device: torch.device, graphs: bool = 
         function.__code__.replace(), function.__globals__, function.__name__, function.__defaults__,
         function.__closure__,
     )  # fmt: skip
-    tuned = "max-autotune" if graphs else "max-autotune-no-cudagraphs"
-    mode = tuned if device.type == "cuda" else "default"
+    mode = "default"
+    if device.type == "cuda":
+        mode = {
+            (True, True): "max-autotune", (True, False): "max-autotune-no-cudagraphs", (False, True): "reduce-overhead",
+        }.get((search, graphs), mode)  # fmt: skip
     return torch.compile(own, mode=mode, fullgraph=True, dynamic=False)
+
+
+def named(mode: str, device: torch.device, search: bool) -> str:
+    """The mode of a row, which says so where torch.compile was not given its search. On a CPU it has none."""
+    return NO_SEARCH if mode == "compiled" and device.type == "cuda" and not search else mode
 
 
 class Graph:

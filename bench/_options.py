@@ -36,7 +36,17 @@ def parser(description: str | None, *, seq_len: Sizes, batch: Sizes, budget: flo
     add("--d-state", type=positive, default=16, help="N of the scan (default: 16)")
     add("--n-items", type=positive, default=3706, help="size of the catalogue (default: 3706, as in ML-1M)")
     add("--eager-only", action="store_true", help="compile nothing, capture no CUDA graph")
+    add("--leave-out", nargs="+", metavar="ROW", help="rows that would lose the GPU, as bench/run_all.py calls them")
+    add(
+        "--quick",
+        action="store_true",
+        help="torch.compile without its search: on CUDA seconds for a model, not minutes",
+    )
+    add("--compile", nargs="+", metavar="IMPL", help="compile only what is computed by these (default: all)")
     add("--budget-seconds", type=float, default=budget, help=f"begin nothing new after this (default: {budget:g})")
+    add(
+        "--limit-seconds", type=float, metavar="S", help="compile nothing that may end after this (default: the budget)"
+    )
     add("--out", metavar="FILE", help="write the JSON here (default: a temporary folder)")
     add("--record", action="store_true", help="write the JSON to bench/results")
     add("--plot", metavar="FILE", help="draw a PNG")

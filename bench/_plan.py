@@ -9,7 +9,7 @@ from typing import Any
 from bench import _merge
 
 # The peers whose ratios are targets; all others come in the second pass.
-OURS, ASSEMBLED, SASREC = "triton", "torch.fft + mamba_ssm", "last query"
+OURS, ASSEMBLED, SASREC, PUBLISHED = "triton", "torch.fft + mamba_ssm", "last query", "as published"
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,8 @@ class Step:
         core: belongs to the first pass.
         models, lengths, batches, dtypes, impls: what it is asked for; empty where the script has its own.
         flags: further words.
-        quick: torch.compile takes cuBLAS for matrix products, instead of searching among kernels: seconds, not minutes.
+        compiles: only what is computed by these is compiled; empty for all.
+        quick: torch.compile is not given its search among kernels: seconds, not minutes.
     """
 
     script: str
@@ -34,33 +35,35 @@ class Step:
     dtypes: tuple[str, ...] = ()
     impls: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
+    compiles: tuple[str, ...] = ()
     quick: bool = False
 
     @property
     def name(self) -> str:
-        return " ".join([self.script, *self.words(self.lengths), *["(quick)"] * self.quick])
+        return " ".join([self.script, *self.words(self.lengths)])
+
+    @property
+    def compares_models(self) -> bool:
+        """Is its script one of those that share their options and their driver?"""
+        return bool(self.models) or self.script == "scaling"
 
     def words(self, lengths: Sequence[int]) -> list[str]:
         """The command line, for these of its lengths."""
         found: list[str] = []
         for flag, values in (
             ("--models", self.models), ("--seq-len", lengths), ("--batch", self.batches), ("--dtype", self.dtypes),
-            ("--impls", self.impls),
+            ("--impls", self.impls), ("--compile", self.compiles),
         ):  # fmt: skip
             if values:
                 found += [flag, *map(str, values)]
-        return [*found, *self.flags]
+        return [*found, *["--quick"] * self.quick, *self.flags]
 
     def missing(self, rows: Sequence[dict[str, Any]]) -> tuple[int, ...]:
         """The lengths at which some model has no row yet, or one that time did not allow.
 
         A script writes all rows of a shape at once.
         """
-        own = [
-            row
-            for row in rows
-            if (not self.impls or row["impl"] in self.impls) and (self.quick or not row.get("quick"))
-        ]
+        own = [row for row in rows if self._asks_for(row)]
         done, late = (
             {
                 tuple(row.get(name) for name in ("model", "seq_len", "batch", "dtype"))
@@ -81,15 +84,25 @@ class Step:
             )
         )
 
+    def _asks_for(self, row: dict[str, Any]) -> bool:
+        if self.impls and row["impl"] not in self.impls:
+            return False
+        compiled = "compiled" in row["mode"]
+        if compiled and self.compiles and row["impl"] not in self.compiles:
+            return False
+        if self.quick:  # what the search had no time for is another step's
+            return bool(row.get("quick")) or not compiled
+        return not row.get("quick")
+
 
 PAIR, OTHERS, BF16 = ("m2rec", "sasrec"), ("bert4rec", "mamba4rec"), ("bfloat16",)
 CUDA = (
     Step("kernels", 4, core=True, flags=("--core",)),
-    Step("throughput", 3, True, PAIR, (200,), (4096,), BF16, (OURS, ASSEMBLED, SASREC, "as published"), quick=True),
+    Step("throughput", 3, True, PAIR, (200,), (4096,), BF16, (OURS, ASSEMBLED, SASREC, PUBLISHED), (), (SASREC,), True),
     Step("train_step", 3, True, PAIR, (200,), (2048,), BF16, (OURS, ASSEMBLED, SASREC), quick=True),
     Step("latency", 3, True, PAIR, (200, 50, 800, 1600), (1,), BF16, (OURS, SASREC), quick=True),
     Step("throughput", 3, True, PAIR, (50, 800, 1600), (4096,), BF16, (OURS, SASREC), quick=True),
-    Step("memory", 1, True, PAIR, (200,), (2048,), BF16, (OURS, ASSEMBLED, SASREC), ("--phases", "training")),
+    Step("memory", 2, True, PAIR, (200,), (2048,), BF16, (OURS, ASSEMBLED, SASREC), ("--phases", "training"), (), True),
     # The same rows once more, SASRec with everything that torch.compile can do.
     Step("throughput", 6, False, PAIR, (200, 50, 800, 1600), (4096,), BF16, (OURS, SASREC)),
     Step("train_step", 4, False, PAIR, (200,), (2048,), BF16, (OURS, ASSEMBLED, SASREC)),

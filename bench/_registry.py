@@ -45,6 +45,7 @@ class Sizes:
     dtype: torch.dtype
     device: torch.device
     text_dim: int = TEXT_DIM
+    search: bool = True  # torch.compile may search among kernels, for minutes
     graphs: bool = True  # CUDA graphs, torch.compile's too: they hold their memory, so none where memory is measured
 
 
@@ -55,7 +56,8 @@ class Case:
     Args:
         model: which of `MODELS`.
         impl: what computes it.
-        mode: "eager", "compiled", "graph", or these with "folded": weights that were prepared for inference.
+        mode: "eager", "compiled", `_modes.NO_SEARCH`, "graph", or these with "folded": weights that were prepared for
+            inference.
         config: its sizes.
         encode: the eager function up to the query, or None where `skipped` says why there is none.
         check: an independent computation of the same queries, from the same weights.
@@ -99,7 +101,9 @@ class Case:
             return query, scores, ids + 1
 
         if "compiled" in self.mode:
-            return _modes.compiled(run, table.device, self.graphs)
+            # A CUDA graph would otherwise copy the table, as every input, at each replay.
+            torch._dynamo.mark_static_address(weight)
+            return _modes.compiled(run, table.device, self.graphs, self.mode != _modes.NO_SEARCH)
         return _modes.Graph(run) if "graph" in self.mode else run
 
 
@@ -109,6 +113,7 @@ def cases(names: tuple[str, ...], seqlen: int, sizes: Sizes) -> list[Case]:
     for name in names:
         make = _mamba_cases if name in ("m2rec", "mamba4rec") else _attention_cases
         rows += make(name, seqlen, sizes)
+    rows = [dataclasses.replace(row, mode=_modes.named(row.mode, sizes.device, sizes.search)) for row in rows]
 
     reason = _modes.cannot_compile(sizes.device)
     if reason is not None:

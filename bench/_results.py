@@ -7,8 +7,8 @@ import json
 import platform
 import subprocess
 import tempfile
-from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -55,6 +55,13 @@ class Row:
     threads: int | None = None
     cpu_ms: float | None = None
     state_mb: float | None = None
+
+
+def row_label(row: Row | Mapping[str, Any]) -> str:
+    """What tells a row from the others of its script, in one word of a command line."""
+    values = row if isinstance(row, Mapping) else asdict(row)
+    names = ("model", "impl", "mode", "phase", "positions", "dtype", "batch", "seq_len", "n_items")
+    return "/".join(str(values.get(name)) for name in names)
 
 
 def device_name(device: torch.device) -> str:
@@ -138,7 +145,14 @@ class Writer:
         for row in rows:
             row.script, row.threads = self._script, self._threads
             self.rows.append(row)
-        write_json(self.path, document(self._device, self.rows, self._origin))
+        self._write(self.rows)
+
+    def preview(self, rows: Sequence[Row]) -> None:
+        """Write the file with `rows` behind those it has; the next ones take their place."""
+        self._write([*self.rows, *(replace(row, script=self._script, threads=self._threads) for row in rows)])
+
+    def _write(self, rows: Sequence[Row]) -> None:
+        write_json(self.path, document(self._device, rows, self._origin))
 
 
 def aligned(lines: Sequence[Sequence[str]], left: Collection[int]) -> list[str]:

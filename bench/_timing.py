@@ -2,20 +2,28 @@
 
 On a CPU a sample is the wall time of as many calls as fill a few milliseconds, and the processor time that all threads
 of the process spent on them, which other work on the machine disturbs less. On CUDA it is the time between two events
-around one call, after a warm-up, with the inputs rotated so that none of them waits in the cache.
+around one call, after a warm-up. Inputs are rotated, so that no result is that of the call before; a GPU's cache may
+hold all of them, as that of an H200, of 50 MB, does with a few batches of ids.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 
+from . import _failure
+
+Result = TypeVar("Result")
 Call = Callable[[int], object]  # called with the number of the sample, to pick its inputs
 
 CPU_SAMPLE_SECONDS = 0.01
+WAKE_SECONDS = 0.3  # of work before the rounds of a GPU, whose clocks fall while the host checks and compiles
+WAKE_SIZE = 4096
 SLOW_SECONDS = 0.1  # a call that takes longer on a CPU is warm after one, and is a sample of its own
 
 
@@ -32,7 +40,7 @@ class Timing:
 
 def interleave(
     calls: Sequence[Call], device: torch.device, seconds: float, least: int = 5, most: int = 50
-) -> list[Timing]:
+) -> list[Timing | str]:
     """Time `calls` in turn, round after round.
 
     Args:
@@ -40,16 +48,61 @@ def interleave(
         device: where they run.
         seconds: stop after the round that passes this, all calls together.
         least, most: rounds, whatever `seconds` says.
+
+    Returns:
+        For each call its times, or the reason why it has none: it raised, and the others went on. Where it took the
+        GPU with it they cannot: each has the times of its samples so far if they are `least`, or else it waits.
     """
-    repeats = [_repeats(call, device) for call in calls]
+    wake(device)
+    failures = Failures(device, len(calls))
+    repeats = [failures.of(index, _repeats, call, device) or 0 for index, call in enumerate(calls)]
     samples: list[list[tuple[float, float]]] = [[] for _ in calls]
     start = time.perf_counter()
     for turn in range(most):
-        for own, call, repeat in zip(samples, calls, repeats, strict=True):
-            own.append(_sample(call, device, turn, repeat))
-        if turn + 1 >= least and time.perf_counter() - start > seconds:
+        for index, (own, call, repeat) in enumerate(zip(samples, calls, repeats, strict=True)):
+            sample = failures.of(index, _sample, call, device, turn, repeat)
+            if sample is not None:
+                own.append(sample)
+        if failures.lost or (turn + 1 >= least and time.perf_counter() - start > seconds):
             break
-    return [_of_both(own, device) for own in samples]
+    return failures.results([_of_both(own, device) if len(own) >= least else None for own in samples])
+
+
+def wake(device: torch.device) -> None:
+    """Let a GPU multiply matrices until its clocks are up. It may be lost, which the calls will say."""
+    if device.type != "cuda":
+        return
+    with contextlib.suppress(RuntimeError):
+        a = torch.zeros(WAKE_SIZE, WAKE_SIZE, dtype=torch.bfloat16, device=device)
+        start = time.perf_counter()
+        while time.perf_counter() - start < WAKE_SECONDS:
+            a @ a
+            torch.cuda.synchronize(device)
+
+
+class Failures:
+    """What calls raised: one that did is not called again, and none is once the GPU is lost."""
+
+    def __init__(self, device: torch.device, calls: int) -> None:
+        self.lost = False
+        self._device = device
+        self._failures: list[str | None] = [None] * calls
+
+    def of(self, index: int, function: Callable[..., Result], *arguments: Any) -> Result | None:
+        """`function(*arguments)` for the call of this index; None where it failed, now or before."""
+        if self.lost or self._failures[index] is not None:
+            return None
+        try:
+            return function(*arguments)
+        except Exception as error:
+            said = _failure.told(error, self._device)
+            self._failures[index] = said
+            self.lost = _failure.concerns(said)
+            return None
+
+    def results(self, timings: Sequence[Timing | None]) -> list[Timing | str]:
+        """Each call's failure, or its timing."""
+        return [failure or timing or _failure.WAITING for failure, timing in zip(self._failures, timings, strict=True)]
 
 
 def summarise(samples: Sequence[float]) -> Timing:

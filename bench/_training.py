@@ -87,6 +87,11 @@ class Case:
     skipped: str | None = None
     graphs: bool = True
 
+    @property
+    def is_late(self) -> bool:
+        """As `_registry.Case.is_late`."""
+        return "compiled" in self.mode
+
 
 class Step:
     """A training step of a case as a function of a batch; the gradients stay in the parameters."""
@@ -105,7 +110,10 @@ class Step:
                 queries, wanted = asked(module, ids, lengths, targets, places)
                 return next_item_loss(queries, _item_weight(module), wanted)
 
-        self._loss = _modes.compiled(loss, device, case.graphs) if case.mode == "compiled" else loss
+        if case.is_late:
+            self._loss = _modes.compiled(loss, device, case.graphs, case.mode != _modes.NO_SEARCH)
+        else:
+            self._loss = loss
         self._run: Callable[..., Tensor] = _modes.Graph(self._step) if graph else self._step
 
     def __call__(self, *batch: Tensor) -> Tensor:
@@ -136,16 +144,16 @@ def cases(names: Sequence[str], seqlen: int, sizes: Sizes) -> list[Case]:
     rows: list[Case] = []
     for name in names:
         rows += (_mamba_cases if name in ("m2rec", "mamba4rec") else _attention_cases)(name, seqlen, sizes)
+    rows = [dataclasses.replace(row, mode=_modes.named(row.mode, sizes.device, sizes.search)) for row in rows]
     reason = _modes.cannot_compile(sizes.device)
     if reason is not None:
-        rows = [dataclasses.replace(row, skipped=reason) if row.mode == "compiled" else row for row in rows]
+        rows = [dataclasses.replace(row, skipped=reason) if row.is_late else row for row in rows]
 
     if not sizes.graphs:
         rows = [dataclasses.replace(row, graphs=False) for row in rows if row.mode != "graph"]
 
     def place(case: Case) -> tuple[bool, int]:
-        late = case.mode == "compiled"
-        return case.skipped is not None, 1 + COMPILE_ORDER.index(case.model) if late else 0
+        return case.skipped is not None, 1 + COMPILE_ORDER.index(case.model) if case.is_late else 0
 
     return sorted(rows, key=place)
 
@@ -207,13 +215,16 @@ class Jobs:
 
     def __init__(self, options: argparse.Namespace, graphs: bool = True) -> None:
         self._graphs = graphs
+        self._search: bool = not options.quick
         self._models: tuple[str, ...] = tuple(options.models)
         self._d_state: int = options.d_state
         self._device = torch.device(options.device)
 
     def __call__(self, shape: Shape) -> list[Job]:
         dtype = DTYPES[shape.dtype]
-        sizes = Sizes(shape.n_items, self._d_state, 1, dtype, self._device, graphs=self._graphs)
+        sizes = Sizes(
+            shape.n_items, self._d_state, 1, dtype, self._device, search=self._search, graphs=self._graphs
+        )  # fmt: skip
         inputs = _Inputs(shape, self._device)
         return [job(case, inputs, dtype, self._device) for case in cases(self._models, shape.seq_len, sizes)]
 
@@ -280,7 +291,7 @@ def job(case: Case, inputs: _Inputs, dtype: torch.dtype, device: torch.device) -
         parameters=sum(parameter.numel() for parameter in case.module.parameters()),
         forgets=case.impl == "cpu",
     )  # fmt: skip
-    return Job(row, prepare, TOLERANCE[dtype], work, case.mode == "compiled")
+    return Job(row, prepare, TOLERANCE[dtype], work, case.is_late)
 
 
 def error_of(step: Step, case: Case, inputs: _Inputs) -> float:

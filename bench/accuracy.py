@@ -8,6 +8,17 @@ DIR holds one folder for each data set (ml-100k, amazon-beauty, foursquare-nyc, 
 prepare` wrote it, which is read without polars. The work folder keeps models and ranks: the same command again goes on
 where the last one stopped, and a run that two experiments share is made once. What an experiment's YAML may say:
 bench/experiments/plan.py. --report writes docs/experiments.md from the records.
+
+Several processes may share the work folder, as long as no two make the same run: a run is locked while it is trained,
+and whoever comes second ends with an error. Give each its own models (or --seeds), and its own --out:
+
+    for model in "M2Rec (inner)" Mamba4Rec SASRec; do
+        python bench/accuracy.py main.yaml --data DIR --work W --only "$model" --out "out/$model" --budget-minutes 9 &
+    done; wait
+    python bench/accuracy.py main.yaml --data DIR --work W --budget-minutes 0 --record
+
+The last command trains nothing: it writes the record of all runs that the folder holds. Folders of several machines are
+put together by copying their runs, one folder a run, into one.
 """
 
 from __future__ import annotations
@@ -31,6 +42,7 @@ from bench.experiments import analyses, bootstrap
 from bench.experiments.execute import OutOfTimeError, Store
 from bench.experiments.plan import TEXT_FOLDER, Experiment, Run, read
 from fastm2rec.data import DataError
+from fastm2rec.training import RunError
 from fastm2rec.training.runtime import Runtime
 
 RECORDS = "accuracy"  # the folder of records within a device's results
@@ -44,6 +56,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     add("--work", type=Path, default=Path("runs/accuracy"), help="keeps models and ranks (default: runs/accuracy)")
     add("--budget-minutes", type=float, default=math.inf, help="stop after so long (default: when all is done)")
     add("--seeds", type=int, nargs="+", help="make the runs of these seeds only (default: all)")
+    add("--only", nargs="+", metavar="LABEL", help="make the runs of these models only, as the YAML calls them")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: auto)")
     add("--threads", type=int, default=0, help="CPU threads (default: torch's choice)")
     add("--out", type=Path, metavar="DIR", help="write the records here (default: the folder records in --work)")
@@ -63,10 +76,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         tables = options.work / TEXT_FOLDER
         plans = [read(path, options.data, options.device, options.threads, tables) for path in options.files]
+        unknown = set(options.only or ()) - {run.label for plan in plans for run in plan.runs}
+        if unknown:
+            raise ValueError(f"--only: no experiment here has {', '.join(sorted(unknown))}")
         deadline = time.monotonic() + 60 * options.budget_minutes
         for plan in plans:
-            carry_out(plan, Store(options.work), records_folder(options), deadline, options.seeds)
-    except (OSError, ValueError, DataError) as error:
+            carry_out(plan, Store(options.work), records_folder(options), deadline, options.seeds, options.only)
+    except (OSError, ValueError, DataError, RunError) as error:
         print(f"accuracy: error: {error}", file=sys.stderr)
         return 2
     finally:
@@ -76,11 +92,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def carry_out(plan: Experiment, store: Store, out: Path, deadline: float, seeds: Sequence[int] | None = None) -> None:
-    """Make an experiment's runs until the deadline, and keep its record up to date after each."""
+def carry_out(
+    plan: Experiment, store: Store, out: Path, deadline: float, seeds: Sequence[int] | None = None,
+    labels: Sequence[str] | None = None,
+) -> None:  # fmt: skip
+    """Make an experiment's runs until the deadline, and keep its record up to date after each.
+
+    Args:
+        plan: the experiment.
+        store: keeps its runs.
+        out: the folder of its record.
+        deadline: of `time.monotonic()`.
+        seeds, labels: make the runs of these only; None for all.
+    """
     print(f"{plan.name}: {plan.question}")
     for run in plan.runs:
         if store.record(run) is not None or (seeds is not None and run.seed not in seeds):
+            continue
+        if labels is not None and run.label not in labels:
             continue
         if time.monotonic() > deadline:
             break

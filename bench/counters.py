@@ -23,6 +23,8 @@ from pathlib import Path
 if __name__ == "__main__":  # from a clone, installed or not
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import torch
+
 from bench import _child, _results, _small
 
 # Sections exist for every GPU; of single metrics only one is asked for, as a name that a GPU lacks ends the whole run.
@@ -101,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             lines.append([op, entry["kernel"], *(entry.get(name, "") for name in columns)])
             rows.append({"op": op, "phase": "counters", "impl": "triton", "mode": entry["kernel"], **entry})
         if options.out:
-            _results.write_json(options.out, {"schema": _results.SCHEMA, **_results.origin(), "rows": rows})
+            _results.write_json(options.out, _results.document(torch.device(options.device), []) | {"rows": rows})
     print("\n".join(_results.aligned(lines, left={0, 1})))
     return 1 if failed else 0
 

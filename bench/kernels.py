@@ -6,8 +6,8 @@
 
 On CUDA: the Triton kernels against torch eager and compiled, torch.fft, cuFFT through CuPy, mamba-ssm. On a CPU: the
 numba engine against plain PyTorch, eager and compiled. Every implementation is checked against the reference before it
-is timed; those of one shape are timed in turn. Core shapes come first. On CUDA the time is the device's: an op is one
-of many in a model, whose launches are queued ahead.
+is timed; those of one shape are timed in turn. Core shapes come first; cuFFT, which may end the process, comes last, by
+itself. On CUDA the time is the device's: an op is one of many in a model, whose launches are queued ahead.
 
 torch.compile takes seconds for each peer and shape; with its search over matrix-product kernels (--autotune) it takes
 tens of seconds, up to minutes. Nothing is compiled after 80 % of --budget-seconds.
@@ -16,6 +16,7 @@ tens of seconds, up to minutes. Nothing is compiled after 80 % of --budget-secon
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import json
 import sys
@@ -30,7 +31,7 @@ if __name__ == "__main__":  # from a clone, installed or not
 
 import torch
 
-from bench import _bounds, _results
+from bench import _bounds, _failure, _merge, _results
 from bench._measure import Row, blank, measure
 from bench._tree import tree_hash
 from bench.peers._problem import LENGTHLESS, PHASES, Peer, Problem, Shape
@@ -39,8 +40,10 @@ OPS = (
     "spectral_projection", "selective_scan", "last_state", "gated_fusion", "encode_last", "last_scan",
     "filtered_last_scan", "cross_entropy", "embed_norm", "causal_conv1d",
 )  # fmt: skip
+FOREIGN = ("spectral_projection",)  # ops that have a peer which may end the process
 COMPILE_SHARE = 0.8  # of the budget, after which nothing more is compiled
 LEAST_SECONDS = 0.5  # of timing for a shape, whatever the budget
+ENDED = "the process ended while it was measured"  # final: it would end the next one too
 NOT_REACHED = "the time budget ran out before it was reached (--budget-seconds)"
 
 # The shapes for which targets are set come first.
@@ -168,30 +171,33 @@ def kept(path: Path, device: torch.device) -> list[Row]:
     old, new = json.loads(path.read_text()), document(device, [])
     if any(old.get(name) != new[name] for name in ("kernels_tree", "device", "torch", "triton")):
         return []
-    rows = [Row(**row) for row in old["rows"]]
-    return [row for row in rows if row.skipped is None or "--budget-seconds" not in row.skipped]
+    return [Row(**row) for row in old["rows"] if _merge.is_final(row)]
 
 
 def run(options: argparse.Namespace, device: torch.device, path: Path) -> Iterator[list[Row]]:
-    """The rows of each shape as soon as it is measured, earlier ones among them."""
+    """The rows of each shape as soon as it is measured, earlier ones among them; a later row replaces its like."""
     begun = time.perf_counter()
     rows = kept(path, device) if options.resume else []
     done = {key(row) for row in rows}
     yield rows
-    todo = shapes(options, device)
+    chosen = shapes(options, device)
+    todo = [(shape, False) for shape in chosen] + [(shape, True) for shape in chosen if shape.op in FOREIGN]
     ceilings: dict[str, _bounds.Ceilings] = {}
-    for index, shape in enumerate(todo):
+    for index, (shape, foreign) in enumerate(todo):
         elapsed = time.perf_counter() - begun
         share = (options.budget_seconds - elapsed) / (len(todo) - index)
-        print(f"  {_name(shape)} ...", file=sys.stderr, flush=True)
+        print(f"  {_name(shape)}{', other libraries' if foreign else ''} ...", file=sys.stderr, flush=True)
         torch._dynamo.reset()
         problem, failure = _problem(shape, device, options)
         if problem is None:
             yield [blank(shape, Peer("-", "-", skipped=failure), "")]
+            if _failure.concerns(failure):
+                _failure.end()
             continue
         peers = [peer for peer in problem.peers if _wanted(peer, options) and key(blank(shape, peer, "")) not in done]
+        peers = [peer for peer in peers if peer.foreign == foreign]
         if elapsed > options.budget_seconds:
-            missed = [blank(shape, peer, problem.what) for peer in peers]
+            missed = _blanks(shape, problem, peers)
             for row in missed:
                 row.skipped = row.skipped or NOT_REACHED
             yield missed
@@ -201,9 +207,18 @@ def run(options: argparse.Namespace, device: torch.device, path: Path) -> Iterat
         if shape.dtype not in ceilings:
             ceilings[shape.dtype] = _bounds.measure_ceilings(device, shape.torch_dtype)
         stop = begun + COMPILE_SHARE * options.budget_seconds
-        yield measure(
+        if foreign:
+            yield [dataclasses.replace(row, skipped=row.skipped or ENDED) for row in _blanks(shape, problem, peers)]
+        measured = measure(
             shape, problem, peers, device, ceilings[shape.dtype], max(LEAST_SECONDS, (1 - COMPILE_SHARE) * share), stop
         )
+        yield measured
+        if any(_failure.concerns(row.skipped) for row in measured):
+            _failure.end()
+
+
+def _blanks(shape: Shape, problem: Problem, peers: Sequence[Peer]) -> list[Row]:
+    return [blank(shape, peer, problem.what) for peer in peers]
 
 
 def _wanted(peer: Peer, options: argparse.Namespace) -> bool:
@@ -214,7 +229,7 @@ def _problem(shape: Shape, device: torch.device, options: argparse.Namespace) ->
     try:
         return importlib.import_module(f"bench.peers.{shape.op}").problem(shape, device, options.autotune), ""
     except Exception as error:  # out of memory, say: a row that says so, not the end of the run
-        return None, f"{type(error).__name__}: {(str(error).strip() or '-').splitlines()[0]}"
+        return None, _failure.told(error, device)
 
 
 def _name(shape: Shape) -> str:
@@ -258,11 +273,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     print(f"{_results.device_name(device)}; torch {torch.__version__}")
     path = _results.result_path("kernels", device, options.out, options.record)
-    rows: list[Row] = []
+    rows: dict[tuple[Any, ...], Row] = {}
     for more in run(options, device, path):
-        rows += more
-        _results.write_json(path, document(device, rows))
-    print(table(rows))
+        rows |= {key(row): row for row in more}
+        _results.write_json(path, document(device, list(rows.values())))
+    print(table(list(rows.values())))
     if device.type == "cpu":
         print("Times on a CPU that does other work as well are good as ratios only.")
     print(f"rows: {path}")

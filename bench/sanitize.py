@@ -20,6 +20,8 @@ from pathlib import Path
 if __name__ == "__main__":  # from a clone, installed or not
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+import torch
+
 from bench import _child, _results, _small
 
 TOOLS = ("memcheck", "racecheck")
@@ -63,8 +65,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             if result != "clean":
                 print(outcome.tail, file=sys.stderr)
             if options.out:
-                document = {"schema": _results.SCHEMA, **_results.origin(), "rows": rows}
-                _results.write_json(options.out, document)
+                document = _results.document(torch.device(options.device), [])
+                _results.write_json(options.out, document | {"rows": rows})
     print("\n".join(_results.aligned(lines, left={0, 1, 2})))
     return 1 if any(row["result"] != "clean" for row in rows) else 0
 

@@ -193,6 +193,36 @@ def test_runs_are_recorded_and_made_once(done: Path, capsys: pytest.CaptureFixtu
     assert "GRU4Rec" in capsys.readouterr().out
 
 
+def test_processes_share_a_work_folder(done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each makes the models that it is given; a last command writes the record of all, which is that of one process."""
+    command = [str(done / "main.yaml"), "--work", str(tmp_path), "--threads", "1", "--device", "cpu"]
+    parts = (["GRU4Rec"], ["M2Rec (inner)", "Mamba4Rec"])
+    for number, labels in enumerate(parts):
+        assert accuracy.main([*command, "--only", *labels, "--out", str(tmp_path / "out" / str(number))]) == 0
+    first = json.loads((tmp_path / "out" / "0" / "main.json").read_text())
+    assert {row["label"] for row in first["runs"]} == {"GRU4Rec"}
+    assert {row["label"] for row in first["missing"]} == {"M2Rec (inner)", "Mamba4Rec"}
+    assert accuracy.main([*command, "--budget-minutes", "0"]) == 0
+    together, alone = (
+        json.loads((folder / "records" / "main.json").read_text()) for folder in (tmp_path, done / "work")
+    )
+    assert [(row["label"], row["seed"], row["test"]) for row in together["runs"]] == [
+        (row["label"], row["seed"], row["test"]) for row in alone["runs"]
+    ]
+    assert together["missing"] == []
+    assert accuracy.main([*command, "--only", "GPT"]) == 2
+    assert "--only: no experiment here has GPT" in capsys.readouterr().err
+    run = read(done / "main.yaml", device="cpu", threads=1).runs[0]
+    (tmp_path / run.key / "record.json").unlink()
+    folder = RunFolder(tmp_path / run.key / "run")
+    folder.prepare(run.config, "last")
+    try:
+        assert accuracy.main([*command, "--only", run.label]) == 2
+    finally:
+        folder.release()
+    assert "another process is training in this folder" in capsys.readouterr().err
+
+
 def test_a_run_out_of_time_goes_on_to_the_same_end(done: Path, tmp_path: Path) -> None:
     run = read(done / "main.yaml", device="cpu", threads=1).runs[1]
     store = Store(tmp_path)

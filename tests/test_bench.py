@@ -8,12 +8,29 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench import _assembled, _bounds, _driver, _inference, _modes, _registry, latency, memory, scaling, throughput
+from bench import (
+    _assembled,
+    _bounds,
+    _driver,
+    _failure,
+    _inference,
+    _merge,
+    _modes,
+    _plan,
+    _registry,
+    _results,
+    _timing,
+    latency,
+    memory,
+    scaling,
+    throughput,
+)
 from fastm2rec import _mamba_ssm
 from fastm2rec.reference.causal_conv1d import causal_conv1d
 from fastm2rec.reference.selective_scan import selective_scan
@@ -37,7 +54,10 @@ def inputs() -> _inference._Inputs:
 
 def test_every_model_and_peer_has_a_row() -> None:
     with torch.no_grad():
-        rows = {(case.model, case.impl, case.mode) for case in _registry.cases(_registry.MODELS, 7, SIZES)}
+        made = _registry.cases(_registry.MODELS, 7, SIZES)
+    rows = {(case.model, case.impl, case.mode) for case in made}
+    late = [(case.model, case.impl) for case in made if case.is_late]
+    assert late[0] == ("sasrec", "last query"), "the peer of all ratios is compiled before time runs out"
     for model in ("sasrec", "bert4rec"):
         for impl in ("as published", "last query"):
             assert {(model, impl, "eager"), (model, impl, "compiled")} <= rows
@@ -102,7 +122,7 @@ def test_a_wrong_or_failing_implementation_gets_no_time_and_stops_no_other(
 
     made = [good, case("bad", lambda *batch: encode(*batch) * 1.01), case("broken", broken), case("later", later)]
     jobs = [_inference.job(one, inputs, SIZES) for one in made]
-    ready = _driver.checked(jobs, _driver.Budget(0.0, 1))
+    ready = _driver.checked(jobs, _driver.Budget(0.0, 1), SIZES.device)
     _driver.fill_times(ready, SIZES.device, CEILINGS, 0.0)
     rows = [job.row for job in jobs]
     assert rows[0].median_ms is not None
@@ -111,7 +131,7 @@ def test_a_wrong_or_failing_implementation_gets_no_time_and_stops_no_other(
     assert rows[1].skipped is not None
     assert rows[1].skipped.startswith("wrong: differs from its reference by 1")
     assert rows[2].skipped == "RuntimeError: no such kernel"
-    assert rows[3].skipped == "OutOfMemoryError: CUDA out of memory. Tried to allocate 1 GiB"
+    assert rows[3].skipped == "OutOfMemoryError: CUDA out of memory. Tried to allocate 1 GiB ... more"
 
 
 def test_a_model_assembled_from_mamba_ssm_is_the_model(
@@ -139,6 +159,24 @@ def test_a_budget_shares_out_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 101.0
     assert budget.begin() is None
     assert _driver.Budget(0.0, 1).begin() == 0.0, "the first shape always runs"
+    now = 0.0
+    budget = _driver.Budget(10.0, 2, limit=50.0)
+    budget.begin()
+    now = 22.0
+    assert budget.may_compile(), "what is begun in the budget may end after it"
+    now = 22.1
+    assert not budget.may_compile()
+    now = 30.0
+    assert budget.may_compile(first=True), "of the shape at hand the peer of all ratios"
+    now = 30.1
+    assert not budget.may_compile(first=True)
+    now = 51.0
+    assert budget.until_limit() == 0.0
+    now = 0.0
+    budget = _driver.Budget(100.0, 2)
+    budget.begin()
+    now = 72.1
+    assert not budget.may_compile(first=True), "without a limit every shape has something"
 
 
 def _run(root: Path, script: str, *flags: str) -> subprocess.CompletedProcess[str]:
@@ -226,6 +264,138 @@ def test_every_row_is_written_as_soon_as_it_exists(tmp_path: Path) -> None:
     assert seen == [0, 1, 5]
     assert [row.skipped for row in rows[1:5]] == ["MemoryError: too large"] * 4
     assert rows[5].median_ms is not None
+
+
+def test_what_needs_no_compiler_is_written_before_one_is_started(tmp_path: Path) -> None:
+    """A process that is ended while it compiles has lost no row, and leaves none that counts as done."""
+    out = tmp_path / "rows.json"
+    options = _options("throughput", "--batch", "1", "--budget-seconds", "100", "--out", str(out))
+    shape = _driver.Shape("float32", 7, 1, 50)
+    before: list[dict[str, Any]] = []
+
+    def compiling() -> tuple[Callable[[int], object], float]:
+        before.extend(json.loads(out.read_text())["rows"])
+        return lambda turn: None, 0.0
+
+    def make(shape: _driver.Shape) -> list[_driver.Job]:
+        rows = [_inference._row("sasrec", "x", mode, None, shape) for mode in ("compiled", "eager", "graph")]
+        rows[2].skipped = "no graph here"
+        return [
+            _driver.Job(rows[0], compiling, 1.0, is_late=True),
+            _driver.Job(rows[1], lambda: (lambda turn: None, 0.0), 1.0),
+            _driver.Job(rows[2]),
+        ]
+
+    rows = _driver.sweep(options, "throughput", [shape], make, _inference.Jobs(options).empty)
+    assert [row["mode"] for row in before] == ["compiled", "eager", "graph"]
+    assert before[1]["median_ms"] is not None
+    assert [_merge.is_final(row) for row in before] == [False, True, True]
+    assert [row.median_ms is not None for row in rows] == [True, True, False]
+    after = json.loads(out.read_text())["rows"]
+    assert [(row["mode"], row["median_ms"]) for row in after] == [(row.mode, row.median_ms) for row in rows]
+    merged = tmp_path / "merged.json"
+    step = _plan.Step("throughput", 1, True, ("sasrec",), (7,), (1,), ("float32",))
+    head = {name: value for name, value in json.loads(out.read_text()).items() if name != "rows"}
+    for found, missing in ((before, (7,)), (after, ())):
+        _merge.merge(merged, {**head, "rows": found}, "throughput")
+        assert step.missing(json.loads(merged.read_text())["rows"]) == missing
+
+
+class _Gpu:
+    """One that a call may lose: from then on everybody fails."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.is_lost = False
+        monkeypatch.setattr(_failure, "is_lost", lambda device: self.is_lost)
+
+    def call(self, turn: int) -> None:
+        if self.is_lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def lose(self, turn: int) -> None:
+        self.is_lost = True
+        self.call(turn)
+
+    def job(self, mode: str, *, when: str = "never", is_late: bool = False) -> _driver.Job:
+        def prepare() -> tuple[Callable[[int], object], float]:
+            (self.lose if when == "prepared" else self.call)(0)
+            turns = iter(range(99))
+            if when == "timed":
+                return lambda turn: (self.lose if next(turns) > 8 else self.call)(turn), 0.0
+            return self.call, 0.0
+
+        return _driver.Job(_inference._row("m2rec", "x", mode, 4, SHAPE), prepare, 1.0, is_late=is_late)
+
+
+@pytest.mark.parametrize(
+    ("when", "late", "measured"),
+    [
+        ("prepared", False, []),
+        ("prepared", True, ["first", "last"]),
+        ("timed", False, ["first", "last"]),
+    ],
+)
+def test_a_lost_gpu_is_said_and_the_rest_waits(
+    when: str, late: bool, measured: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    """What an illegal access leaves: one row with the reason, the others to be measured by another process."""
+    monkeypatch.setattr(_timing, "CPU_SAMPLE_SECONDS", 0.0)
+    gpu, out = _Gpu(monkeypatch), tmp_path / "rows.json"
+    options = _options("throughput", "--batch", "3", "--budget-seconds", "100", "--out", str(out))
+
+    def make(shape: _driver.Shape) -> list[_driver.Job]:
+        return [gpu.job("first"), gpu.job("bad", when=when, is_late=late), gpu.job("last")]
+
+    with pytest.raises(SystemExit) as ended:
+        _driver.sweep(options, "throughput", [SHAPE, SHAPE], make, _inference.Jobs(options).empty)
+    assert ended.value.code == _failure.EXIT_CODE
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["mode"] for row in rows] == ["first", "bad", "last"], "the second shape is not begun"
+    said = "lost the GPU: RuntimeError: CUDA error: an illegal memory access was encountered"
+    assert rows[1]["skipped"] == said
+    assert rows[1]["median_ms"] is None
+    assert _merge.is_final(rows[1])
+    assert [row["mode"] for row in rows if row["median_ms"] is not None] == measured
+    waiting = [row for row in rows if row["skipped"] not in (None, said)]
+    assert [row["skipped"] for row in waiting] == [_failure.WAITING] * (2 - len(measured))
+    assert not any(map(_merge.is_final, waiting))
+    assert "in prepare" in capsys.readouterr().err or when == "timed", "the whole traceback"
+    left_out = _options("throughput", "--leave-out", _results.row_label(rows[1]))
+    assert [_driver._wanted(job.row, left_out) for job in make(SHAPE)] == [True, False, True]
+
+
+def test_an_error_that_the_gpu_outlives_is_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
+    device, seen = torch.device("cuda"), iter([RuntimeError("late"), None, *[RuntimeError("sticky")] * 2])
+
+    def synchronize(device: torch.device) -> None:
+        error = next(seen)
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    assert not _failure.is_lost(device)
+    assert _failure.is_lost(device)
+    assert not _failure.is_lost(torch.device("cpu"))
+
+
+def test_a_reason_is_how_a_message_begins_and_ends() -> None:
+    assert _failure.reason(ValueError("at 37:12:\n\n    x = y\n  y is not defined\n")) == (
+        "ValueError: at 37:12: ... y is not defined"
+    )
+    assert _failure.reason(KeyError()) == "KeyError"
+    assert len(_failure.reason(ValueError("x" * 999))) < 350
+
+
+def test_what_is_compiled_may_be_said() -> None:
+    def wanted(*flags: str) -> list[tuple[str, str]]:
+        rows = [
+            _inference._row("sasrec", impl, mode, None, SHAPE) for impl in ("x", "y") for mode in ("eager", "compiled")
+        ]
+        return [(row.impl, row.mode) for row in rows if _driver._wanted(row, _options("latency", *flags))]
+
+    assert wanted("--compile", "x") == [("x", "eager"), ("x", "compiled"), ("y", "eager")]
+    assert wanted("--impls", "y") == [("y", "eager"), ("y", "compiled")]
 
 
 def _options(script: str, *flags: str) -> argparse.Namespace:

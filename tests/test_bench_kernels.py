@@ -15,10 +15,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import _bounds, _measure, _small, counters, kernels, roofline, sanitize
+from bench import _bounds, _device_timing, _failure, _measure, _merge, _small, counters, kernels, roofline, sanitize
 from bench._tree import tree_hash
 from bench.peers import _cufft
-from bench.peers._problem import Peer, Problem, Shape
+from bench.peers._problem import INPUTS, Peer, Problem, Shape
 from bench.peers.embed_norm import Joined
 from bench.peers.last_state import problem as last_state_problem
 from fastm2rec import ops
@@ -98,10 +98,40 @@ def test_a_wrong_peer_and_one_that_fails_get_no_time() -> None:
     assert rows[0].bound_share == pytest.approx((rows[0].bound_ms or 0) / (rows[0].median_ms or 1))
     reasons = [row.skipped or "" for row in rows]
     assert reasons[1].startswith("wrong: differs from its reference by 1.0e-02")
-    assert reasons[2] == "RuntimeError: no such kernel"
+    assert reasons[2] == "RuntimeError: no such kernel ... and more"
     assert reasons[3].startswith("wrong: differs from its reference by inf")
     assert "--budget-seconds" in reasons[4]
     assert reasons[5] == "Triton's interpreter is never timed"
+
+
+@pytest.mark.parametrize("when", [1, 4])
+def test_a_peer_that_loses_the_gpu(when: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In its check, or while it is warmed up: the others' times are another process's to take."""
+    shape = _shape("gated_fusion")
+    problem = _problem(shape)
+    calls = {"bad": 0, "good": 0}
+
+    def fail() -> None:
+        if calls["bad"] >= when:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    def good(*arguments: torch.Tensor) -> torch.Tensor:
+        fail()
+        return problem.reference(*arguments)
+
+    def bad(*arguments: torch.Tensor) -> torch.Tensor:
+        calls["bad"] += 1
+        return good(*arguments)
+
+    monkeypatch.setattr(_failure, "is_lost", lambda device: calls["bad"] >= when)
+    peers = [Peer("one", "eager", good), Peer("bad", "eager", bad), Peer("two", "eager", good)]
+    rows = _measure.measure(shape, problem, peers, CPU, CEILINGS, seconds=0.0, stop=0.0)
+    assert [row.skipped for row in rows] == [
+        _failure.WAITING,
+        "lost the GPU: RuntimeError: CUDA error: an illegal memory access was encountered",
+        _failure.WAITING,
+    ]
+    assert [_merge.is_final(dataclasses.asdict(row)) for row in rows] == [False, True, False]
 
 
 def test_the_work_of_the_last_state_by_hand() -> None:
@@ -189,6 +219,43 @@ def test_a_run_resumes_row_by_row(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert again == measured, "a row that is there is not measured again"
     keys = [kernels.key(row) for row in json.loads(out.read_text())["rows"]]
     assert len(keys) == len(set(keys))
+
+
+def test_what_may_end_the_process_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends with every other row written, and is not tried a second time."""
+    out = tmp_path / "kernels.json"
+    flags = ["--device", "cpu", "--core", "--ops", "spectral_projection", "last_scan", "--batch", "2", "--seq-len", "9"]
+    flags += ["--phase", "forward", "--eager-only", "--out", str(out), "--resume"]
+    ended: list[list[dict[str, Any]]] = []
+
+    def crash(*arguments: torch.Tensor) -> torch.Tensor:
+        ended.append(json.loads(out.read_text())["rows"])
+        raise SystemExit("a segmentation fault")
+
+    monkeypatch.setattr(_cufft, "peers", lambda *_: [Peer("cuFFT (CuPy)", "eager", crash, foreign=True)])
+    with pytest.raises(SystemExit, match="a segmentation fault"):
+        kernels.main(flags)
+    (rows,) = ended
+    assert {row["op"] for row in rows if row["median_ms"]} == {"spectral_projection", "last_scan"}
+    assert [row["impl"] for row in rows if row["skipped"] == kernels.ENDED] == ["cuFFT (CuPy)"]
+    kernels.main(flags)
+    assert len(ended) == 1
+    monkeypatch.setattr(
+        _cufft, "peers", lambda *_: [Peer("another", "eager", torch.nn.functional.linear, foreign=True)]
+    )
+    kernels.main(flags)
+    (row,) = [row for row in json.loads(out.read_text())["rows"] if row["impl"] == "another"]
+    assert row["skipped"].startswith("wrong: ")
+    assert row["peak_mem_mb"] is None
+
+
+def test_every_op_with_a_foreign_peer_is_known() -> None:
+    for op in kernels.OPS:
+        assert any(peer.foreign for peer in _problem(_shape(op)).peers) == (op in kernels.FOREIGN)
+
+
+def test_every_input_is_seen_before_the_times_begin() -> None:
+    assert _device_timing.WARM_UP >= INPUTS
 
 
 HOST = """

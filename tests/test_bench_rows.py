@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import _bounds, _modes, _plot, _results, _table, _timing
+from bench import _bounds, _device_timing, _failure, _modes, _plot, _results, _table, _timing
 from fastm2rec.config import BERT4RecConfig, M2RecConfig, SASRecConfig
 
 CPU = torch.device("cpu")
@@ -73,7 +73,49 @@ def test_calls_take_turns(monkeypatch: pytest.MonkeyPatch) -> None:
     timings = _timing.interleave(calls, CPU, seconds=0.0, least=3, most=50)
     assert "".join(seen[-6:]) == "ababab"
     assert seen[:-6].count("a") == seen[:-6].count("b") == 3, "each is warmed up"
-    assert all(timing.cpu_ms is not None for timing in timings)
+    assert all(isinstance(timing, _timing.Timing) and timing.cpu_ms is not None for timing in timings)
+
+
+class _Event:
+    """An event of a GPU on which every call takes a millisecond."""
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+
+    def record(self) -> None: ...
+
+    def elapsed_time(self, other: object) -> float:
+        return 1.0
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_times_of_a_gpu_outlive_a_call_that_fails(is_lost: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One fails at once, one in the fourth round: the others have their times, all of them or those so far."""
+    monkeypatch.setattr(_device_timing, "FILL_BYTES", 8)
+    slept: list[int] = []
+    for name, value in (("Event", _Event), ("synchronize", lambda device: None), ("_sleep", slept.append)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    calls = {"good": 0, "bad": 0}
+    monkeypatch.setattr(_failure, "is_lost", lambda device: is_lost and calls["bad"] > _device_timing.WARM_UP + 3)
+
+    def good(turn: int) -> None:
+        calls["good"] += 1
+
+    def bad(turn: int) -> None:
+        calls["bad"] += 1
+        if calls["bad"] > _device_timing.WARM_UP + 3:
+            raise RuntimeError("an illegal memory access")
+
+    def broken(turn: int) -> None:
+        raise ValueError("no such kernel")
+
+    timings = _device_timing.interleave([good, bad, broken, good], CPU, seconds=60.0, least=3, most=5)
+    assert timings[2] == "ValueError: no such kernel"
+    assert timings[1] == ("lost the GPU: " if is_lost else "") + "RuntimeError: an illegal memory access"
+    for timing in (timings[0], timings[3]):
+        assert isinstance(timing, _timing.Timing)
+        assert (timing.median_ms, timing.samples) == (1.0, 3 if is_lost else 5)
+    assert set(slept) == {_device_timing.HEAD_START_CYCLES}
 
 
 def test_the_bound_is_the_slowest_resource() -> None:
@@ -141,6 +183,30 @@ def test_compiled_functions_do_not_share_their_code() -> None:
 
     first, second = (made(factor)._torchdynamo_orig_callable for factor in (1.0, 2.0))  # type: ignore[attr-defined]
     assert first.__code__ is not second.__code__
+
+
+@pytest.mark.parametrize(
+    ("search", "graphs", "mode"),
+    [
+        (True, True, "max-autotune"),
+        (True, False, "max-autotune-no-cudagraphs"),
+        (False, True, "reduce-overhead"),
+        (False, False, "default"),
+    ],
+)
+def test_a_row_says_whether_the_compiler_searched(
+    search: bool, graphs: bool, mode: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: dict[str, object] = {}
+    monkeypatch.setattr(torch, "compile", lambda function, **words: given.update(words))
+    cuda = torch.device("cuda")
+    _modes.compiled(lambda x: x, cuda, graphs, search)
+    assert given["mode"] == mode
+    assert _modes.named("compiled", cuda, search) == ("compiled" if search else "compiled, no search")
+    assert _modes.named("graph", cuda, search) == "graph"
+    assert _modes.named("compiled", CPU, search) == "compiled", "there is no search on a CPU"
+    _modes.compiled(lambda x: x, CPU, graphs, search)
+    assert given["mode"] == "default"
 
 
 @pytest.mark.parametrize("lengths", [[7], [7, 9]])

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastm2rec import SequentialRecommender, Vocabulary
+from fastm2rec import M2Rec, SequentialRecommender, Vocabulary
 from fastm2rec.data import PrefixSamples, SequenceDataset
 from fastm2rec.metrics import RankingMetrics
 from fastm2rec.storage import load_tensors
@@ -77,7 +77,10 @@ def test_a_model_learns_on_a_gpu(tmp_path: Path, model: str, options: dict[str, 
     reached = evaluate(best.to("cuda"), data.dataset, "valid").compute()["NDCG@10"]
     assert reached == pytest.approx(result.best, abs=0.02)  # bfloat16 in training
     by_popularity = evaluate_popularity(data.dataset, "test").compute()["NDCG@10"]
-    assert evaluate(best.to("cpu"), data.dataset, "test").compute()["NDCG@10"] > 2 * by_popularity
+    best = best.to("cpu")
+    if isinstance(best, M2Rec):
+        best.impl = "reference"  # the CPU engine would be compiled first, for longer than all of this takes
+    assert evaluate(best, data.dataset, "test").compute()["NDCG@10"] > 2 * by_popularity
 
 
 def _walk(n_users: int, n_items: int, length: int) -> Inputs:

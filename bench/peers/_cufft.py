@@ -63,7 +63,7 @@ def peers(shape: Shape, device: torch.device, kept: int) -> list[Peer]:
     elif importlib.util.find_spec("cupy") is None:
         reason = "CuPy is not installed (pip install 'fastm2rec[cuda13]')"
     if reason is not None:
-        return [Peer(name, "eager", None, reason) for name in (PLAIN, CALLBACKS)]
+        return [Peer(name, "eager", None, reason, foreign=True) for name in (PLAIN, CALLBACKS)]
 
     length = shape.seq_len
     buffers: dict[str, Any] = {}
@@ -84,7 +84,7 @@ def peers(shape: Shape, device: torch.device, kept: int) -> list[Peer]:
     def callbacks(x: Tensor, weight: Tensor) -> Tensor:
         return F.linear(filter_by_callbacks(x), weight)
 
-    return [Peer(PLAIN, "eager", plain), Peer(CALLBACKS, "eager", callbacks)]
+    return [Peer(PLAIN, "eager", plain, foreign=True), Peer(CALLBACKS, "eager", callbacks, foreign=True)]
 
 
 class _Callbacks:

@@ -49,6 +49,8 @@ class Peer:
         work: what it must at least do, where that is not the problem's.
         error: of its approximation, on top of the roundings.
         trains: has a gradient.
+        foreign: runs in another library, which may end the process, so it is measured after everything else; torch does
+            not see what it allocates.
     """
 
     impl: str
@@ -59,6 +61,7 @@ class Peer:
     work: _bounds.Work | None = None
     error: float = 0.0
     trains: bool = True
+    foreign: bool = False
 
 
 @dataclass(frozen=True)
