@@ -3,7 +3,9 @@
     python bench/sanitize.py
     python bench/sanitize.py --ops last_state --tools memcheck
 
-Needs a GPU and NVIDIA's compute-sanitizer. torch's caching allocator is off, so that a step beyond a tensor is seen.
+Needs a GPU and NVIDIA's compute-sanitizer, whose racecheck looks at shared memory alone: what programs hand to each
+other in global memory, the scratch of `encode_last` and of the scans, is for the tests that repeat a call and compare.
+torch's caching allocator is off, so that a step beyond a tensor is seen.
 The exit code is 1 if a tool found something.
 """
 
