@@ -83,6 +83,7 @@ def _cpu() -> dict[str, Callable[..., Any]]:
     from .cpu.encode_last import encode_last
     from .cpu.filtered_last_scan import filtered_last_scan
     from .cpu.last_scan import last_scan
+    from .cpu.selective_scan import selective_scan
     from .cpu.spectral_projection import spectral_projection
 
     return {
@@ -93,6 +94,7 @@ def _cpu() -> dict[str, Callable[..., Any]]:
         "encode_last": encode_last,
         "filtered_last_scan": filtered_last_scan,
         "last_scan": last_scan,
+        "selective_scan": selective_scan,
         "spectral_projection": spectral_projection,
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests._bounds import assert_as_good
+from tests._scans import gradients_of_outputs, in_dtype, results, scan_arguments
 
 pytest.importorskip("triton")
 
@@ -19,67 +19,6 @@ from fastm2rec.reference import selective_scan as specification
 # Any: they return one tensor or two.
 selective_scan: Any = kernel.selective_scan
 reference: Any = specification.selective_scan
-
-Arguments = dict[str, Any]
-OPTIONAL = ("D", "z", "delta_bias", "initial_state")
-
-
-def _arguments(
-    batch: int,
-    seqlen: int,
-    dim: int,
-    dstate: int,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-    without: tuple[str, ...] = (),
-    cu_seqlens: list[int] | None = None,
-) -> Arguments:
-    """As the model calls it: views into the projections' outputs, channels side by side, and A, D, bias in float32."""
-
-    def r(*shape: int) -> Tensor:
-        return torch.randn(*shape, device=device)
-
-    n_sequences = batch if cu_seqlens is None else len(cu_seqlens) - 1
-    u, z = r(batch, seqlen, 2 * dim).to(dtype).transpose(1, 2).chunk(2, dim=1)
-    _, B, C = r(batch, seqlen, 4 + 2 * dstate).to(dtype).transpose(1, 2).split([4, dstate, dstate], dim=1)
-    delta = r(batch, seqlen, dim).to(dtype).transpose(1, 2)
-    arguments = {
-        "u": u, "delta": delta, "A": -r(dim, dstate).exp(), "B": B, "C": C, "D": r(dim), "z": z, "delta_bias": r(dim),
-        "delta_softplus": "delta_softplus" not in without, "initial_state": r(n_sequences, dim, dstate),
-        "cu_seqlens": None if cu_seqlens is None else torch.tensor(cu_seqlens, device=device),
-    }  # fmt: skip
-    if not arguments["delta_softplus"]:
-        arguments["delta"] = torch.rand_like(delta)
-    return {**arguments, **dict.fromkeys(set(OPTIONAL) & set(without))}
-
-
-def _as(arguments: Arguments, dtype: torch.dtype) -> Arguments:
-    return {
-        name: value.to(dtype, memory_format=torch.preserve_format)
-        if isinstance(value, Tensor) and value.is_floating_point()
-        else value
-        for name, value in arguments.items()
-    }
-
-
-def _run(op: Callable[..., Any], arguments: Arguments, dy: Tensor, dlast: Tensor) -> dict[str, Tensor]:
-    """y, the last state and the gradient of every floating-point argument."""
-    leaves = {
-        name: value.detach().requires_grad_()
-        for name, value in arguments.items()
-        if isinstance(value, Tensor) and value.is_floating_point()
-    }
-    y, last_state = op(**{**arguments, **leaves}, return_last_state=True)
-    grads = torch.autograd.grad((y, last_state), list(leaves.values()), (dy.to(y.dtype), dlast.to(last_state.dtype)))
-    return {"y": y.detach(), "last_state": last_state.detach(), **dict(zip(leaves, grads, strict=True))}
-
-
-def _gradients_of(arguments: Arguments) -> tuple[Tensor, Tensor]:
-    """Some gradients of y and of the last state."""
-    u, A, cu_seqlens = arguments["u"], arguments["A"], arguments["cu_seqlens"]
-    n_sequences = u.shape[0] if cu_seqlens is None else len(cu_seqlens) - 1
-    return torch.randn_like(u), torch.randn(n_sequences, *A.shape, device=u.device)
-
 
 PACKED = [0, 1, 8, 41, 73]
 BARE = ("D", "z", "delta_bias", "delta_softplus", "initial_state")
@@ -110,24 +49,24 @@ def test_values_and_gradients(
     dtype: torch.dtype,
     device: torch.device,
 ) -> None:
-    arguments = _arguments(batch, seqlen, dim, dstate, device, dtype, without, cu_seqlens)
-    dy, dlast = _gradients_of(arguments)
-    got = _run(selective_scan, arguments, dy, dlast)
-    plain = _run(reference, arguments, dy, dlast)
-    exact = _run(reference, _as(arguments, torch.float64), dy, dlast)
+    arguments = scan_arguments(batch, seqlen, dim, dstate, device, dtype, without, cu_seqlens)
+    dy, dlast = gradients_of_outputs(arguments)
+    got = results(selective_scan, arguments, dy, dlast)
+    plain = results(reference, arguments, dy, dlast)
+    exact = results(reference, in_dtype(arguments, torch.float64), dy, dlast)
     for name, value in got.items():
         assert_as_good(value, plain[name], exact[name], name=name)
 
 
 def test_without_gradients_nothing_changes(device: torch.device) -> None:
-    arguments = _arguments(1, 37, 6, 4, device)
+    arguments = scan_arguments(1, 37, 6, 4, device)
     y = selective_scan(**arguments)
-    assert torch.equal(y, _run(selective_scan, arguments, *_gradients_of(arguments))["y"])
+    assert torch.equal(y, results(selective_scan, arguments, *gradients_of_outputs(arguments))["y"])
 
 
 @pytest.mark.parametrize("output", ["y", "last_state"])
 def test_gradients_through_one_output_alone(output: str, device: torch.device) -> None:
-    arguments = _arguments(1, 9, 4, 4, device)
+    arguments = scan_arguments(1, 9, 4, 4, device)
     grads = []
     for op in (selective_scan, reference):
         u = arguments["u"].detach().requires_grad_()
@@ -140,7 +79,7 @@ def test_gradients_through_one_output_alone(output: str, device: torch.device) -
 def test_gradcheck(cu_seqlens: list[int] | None, device: torch.device) -> None:
     if device.type == "cuda":
         pytest.skip("float64 runs in the interpreter only")
-    arguments = _as(_arguments(1, 5, 2, 2, device, cu_seqlens=cu_seqlens), torch.float64)
+    arguments = in_dtype(scan_arguments(1, 5, 2, 2, device, cu_seqlens=cu_seqlens), torch.float64)
     names = [name for name, value in arguments.items() if isinstance(value, Tensor) and value.is_floating_point()]
 
     def function(*leaves: Tensor) -> tuple[Tensor, Tensor]:
@@ -151,9 +90,9 @@ def test_gradcheck(cu_seqlens: list[int] | None, device: torch.device) -> None:
 
 
 def test_a_row_does_not_depend_on_its_batch_and_two_runs_are_equal(device: torch.device) -> None:
-    arguments = _arguments(3, 35, 36, 5, device)
-    dy, dlast = _gradients_of(arguments)
-    first, again = (_run(selective_scan, arguments, dy, dlast) for _ in range(2))
+    arguments = scan_arguments(3, 35, 36, 5, device)
+    dy, dlast = gradients_of_outputs(arguments)
+    first, again = (results(selective_scan, arguments, dy, dlast) for _ in range(2))
     for name, value in first.items():
         assert torch.equal(value, again[name]), name
     shared = {"A", "D", "delta_bias"}
@@ -161,15 +100,15 @@ def test_a_row_does_not_depend_on_its_batch_and_two_runs_are_equal(device: torch
         name: value[1:2] if isinstance(value, Tensor) and name not in shared else value
         for name, value in arguments.items()
     }
-    alone = _run(selective_scan, row, dy[1:2], dlast[1:2])
+    alone = results(selective_scan, row, dy[1:2], dlast[1:2])
     for name in first.keys() - shared:
         assert torch.equal(alone[name][0], first[name][1]), name
 
 
 def test_a_packed_sequence_is_the_sequence_alone(device: torch.device) -> None:
-    arguments = _arguments(1, 73, 34, 5, device, cu_seqlens=PACKED)
-    dy, dlast = _gradients_of(arguments)
-    packed = _run(selective_scan, arguments, dy, dlast)
+    arguments = scan_arguments(1, 73, 34, 5, device, cu_seqlens=PACKED)
+    dy, dlast = gradients_of_outputs(arguments)
+    packed = results(selective_scan, arguments, dy, dlast)
     for cu_seqlens in (arguments["cu_seqlens"].int(), arguments["cu_seqlens"].repeat_interleave(2)[::2]):
         assert torch.equal(selective_scan(**{**arguments, "cu_seqlens": cu_seqlens}), packed["y"])
     over_time, per_sequence = {"u", "delta", "B", "C", "z", "y"}, {"initial_state", "last_state"}
@@ -178,7 +117,7 @@ def test_a_packed_sequence_is_the_sequence_alone(device: torch.device) -> None:
         name: value[..., start:end] if name in over_time else value[s : s + 1] if name in per_sequence else value
         for name, value in arguments.items()
     }
-    alone = _run(selective_scan, {**single, "cu_seqlens": None}, dy[..., start:end], dlast[s : s + 1])
+    alone = results(selective_scan, {**single, "cu_seqlens": None}, dy[..., start:end], dlast[s : s + 1])
     for name in over_time:
         assert torch.equal(alone[name], packed[name][..., start:end]), name
     for name in per_sequence:
@@ -186,9 +125,9 @@ def test_a_packed_sequence_is_the_sequence_alone(device: torch.device) -> None:
 
 
 def test_any_strides(device: torch.device) -> None:
-    arguments = _arguments(2, 34, 6, 5, device)
-    dy, dlast = _gradients_of(arguments)
-    expected = _run(selective_scan, arguments, dy, dlast)
+    arguments = scan_arguments(2, 34, 6, 5, device)
+    dy, dlast = gradients_of_outputs(arguments)
+    expected = results(selective_scan, arguments, dy, dlast)
 
     def spread(value: Any) -> Any:
         """The same values at every second place of every axis, the last axis outermost."""
@@ -198,18 +137,18 @@ def test_any_strides(device: torch.device) -> None:
         view = wide[(slice(None, None, 2),) * value.dim()].permute(*reversed(range(value.dim())))
         return view.copy_(value)
 
-    got = _run(selective_scan, {name: spread(value) for name, value in arguments.items()}, spread(dy), spread(dlast))
+    got = results(selective_scan, {name: spread(value) for name, value in arguments.items()}, spread(dy), spread(dlast))
     for name, value in expected.items():
         assert torch.equal(got[name], value), name
 
 
 def test_sequence_limits_never_lead_outside(device: torch.device) -> None:
     """Their values are not checked on a GPU. What lies outside is ignored, what remains is computed."""
-    arguments = _arguments(1, 40, 4, 4, device, without=("initial_state",), cu_seqlens=[0, 30, 40])
+    arguments = scan_arguments(1, 40, 4, 4, device, without=("initial_state",), cu_seqlens=[0, 30, 40])
     expected = selective_scan(**arguments)
     wrong = torch.tensor([-5, 30, 1 << 30, 35, 1 << 40], device=device)
     assert torch.equal(selective_scan(**{**arguments, "cu_seqlens": wrong})[..., :30], expected[..., :30])
-    grads = _run(selective_scan, {**arguments, "cu_seqlens": wrong}, torch.ones_like(expected), torch.zeros(4, 4, 4))
+    grads = results(selective_scan, {**arguments, "cu_seqlens": wrong}, torch.ones_like(expected), torch.zeros(4, 4, 4))
     assert grads["u"][..., :35].isfinite().all()
 
 
@@ -217,31 +156,31 @@ def test_too_many_states(device: torch.device) -> None:
     with pytest.raises(
         ValueError, match=f"^A: expected a d_state .* of at most {kernel.MAX_DSTATE}, got {kernel.MAX_DSTATE + 1}"
     ):
-        selective_scan(**_arguments(1, 2, 2, kernel.MAX_DSTATE + 1, device))
-    arguments = _arguments(1, 3, 2, kernel.MAX_DSTATE, device)
+        selective_scan(**scan_arguments(1, 2, 2, kernel.MAX_DSTATE + 1, device))
+    arguments = scan_arguments(1, 3, 2, kernel.MAX_DSTATE, device)
     torch.testing.assert_close(selective_scan(**arguments), reference(**arguments))
 
 
 @pytest.mark.parametrize("cu_seqlens", [None, [0, 3, 5]])
 def test_opcheck(cu_seqlens: list[int] | None, device: torch.device) -> None:
-    arguments = _arguments(1, 5, 4, 4, device, cu_seqlens=cu_seqlens)
+    arguments = scan_arguments(1, 5, 4, 4, device, cu_seqlens=cu_seqlens)
     leaves = [
         value.detach().requires_grad_() if isinstance(value, Tensor) and value.is_floating_point() else value
         for value in arguments.values()
     ]
     torch.library.opcheck(torch.ops.fastm2rec.selective_scan.default, (*leaves, True, True))
     inputs = [value.detach() if isinstance(value, Tensor) else value for value in leaves]
-    dy, dlast = _gradients_of(arguments)
+    dy, dlast = gradients_of_outputs(arguments)
     y, last_state, checkpoints = torch.ops.fastm2rec.selective_scan(*inputs, True, True)
     assert (y.shape, last_state.shape) == (dy.shape, dlast.shape)
     torch.library.opcheck(torch.ops.fastm2rec.selective_scan_backward.default, (*inputs, checkpoints, dy, dlast))
 
 
 def test_compiles_whole(device: torch.device) -> None:
-    arguments = _arguments(2, 6, 4, 4, device)
-    dy, dlast = _gradients_of(arguments)
+    arguments = scan_arguments(2, 6, 4, 4, device)
+    dy, dlast = gradients_of_outputs(arguments)
     compiled = torch.compile(selective_scan, fullgraph=True, backend="aot_eager")
-    expected, got = _run(selective_scan, arguments, dy, dlast), _run(compiled, arguments, dy, dlast)
+    expected, got = results(selective_scan, arguments, dy, dlast), results(compiled, arguments, dy, dlast)
     for name, value in expected.items():
         assert torch.equal(got[name], value), name
 
@@ -251,7 +190,7 @@ def test_exports(device: torch.device) -> None:
         def forward(self, u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor) -> Tensor:
             return selective_scan(u, delta, A, B, C, delta_softplus=True)
 
-    inputs = tuple(_arguments(2, 6, 4, 4, device)[name] for name in ("u", "delta", "A", "B", "C"))
+    inputs = tuple(scan_arguments(2, 6, 4, 4, device)[name] for name in ("u", "delta", "A", "B", "C"))
     program = torch.export.export(Scan(), inputs, strict=False)
     assert torch.equal(program.module()(*inputs), Scan()(*inputs))
 
@@ -262,11 +201,11 @@ def test_exports(device: torch.device) -> None:
     ("batch", "seqlen", "dim", "dstate"), [(64, 200, 128, 16), (8, 1024, 128, 32), (3, 201, 96, 64)]
 )
 def test_on_a_device(batch: int, seqlen: int, dim: int, dstate: int, dtype: torch.dtype, device: torch.device) -> None:
-    arguments = _arguments(batch, seqlen, dim, dstate, device, dtype)
-    dy, dlast = _gradients_of(arguments)
-    got, again = (_run(selective_scan, arguments, dy, dlast) for _ in range(2))
-    plain = _run(reference, arguments, dy, dlast)
-    exact = _run(reference, _as(arguments, torch.float64), dy, dlast)
+    arguments = scan_arguments(batch, seqlen, dim, dstate, device, dtype)
+    dy, dlast = gradients_of_outputs(arguments)
+    got, again = (results(selective_scan, arguments, dy, dlast) for _ in range(2))
+    plain = results(reference, arguments, dy, dlast)
+    exact = results(reference, in_dtype(arguments, torch.float64), dy, dlast)
     for name, value in got.items():
         # The special-function unit's exp2 has an error of 2 units in the last place, PyTorch's exp of 1; it enters at
         # every position.

@@ -138,30 +138,52 @@ def folded(typingctx, x):
 
 
 @intrinsic
-def totals(typingctx, x, start, out, place):
-    """out[place : place + HALF] = the sums of the HALF rows of HALF numbers at x[start:]."""
-    lanes = Lanes(x.dtype, HALF)
+def side_by_side(typingctx, x, y):
+    """The sums of x's halves, then those of y's: as many lanes as each of them has."""
 
     def codegen(context, builder, signature, arguments):
-        array, start, out, place = arguments
-        vector = context.get_value_type(lanes)
+        a, b = arguments
+        half, count = x.count // 2, x.count
+        low = _picked(builder, a, b, [*range(half), *range(count, count + half)])
+        high = _picked(builder, a, b, [*range(half, count), *range(count + half, 2 * count)])
+        return builder.fadd(low, high, flags=("contract",))
 
-        def pointer(kind, array, index):
-            return builder.bitcast(address(context, builder, kind, array, index), vector.as_pointer())
+    return x(x, x), codegen
 
-        rows = []
-        for i in range(HALF):
-            row = builder.load(pointer(signature.args[0], array, builder.add(start, ir.Constant(start.type, i * HALF))))
-            row.align = x.dtype.bitwidth // 8
-            rows.append(row)
-        while len(rows) > 1:
-            rows = [
-                builder.fadd(*(_picked(builder, a, b, list(range(side, 2 * HALF, 2))) for side in (0, 1)))
-                for a, b in zip(rows[::2], rows[1::2], strict=True)
-            ]
-        builder.store(rows[0], pointer(signature.args[2], out, place)).align = x.dtype.bitwidth // 8
 
-    return types.void(x, types.intp, out, types.intp), codegen
+def _totals(width: int) -> Any:
+    """f(x, start, out, place): out[place : place + HALF] = the sums of the HALF rows [width] at x[start:]."""
+
+    @intrinsic
+    def compiled(typingctx, x, start, out, place):
+        lanes = Lanes(x.dtype, HALF)
+
+        def codegen(context, builder, signature, arguments):
+            array, start, out, place = arguments
+            vector = context.get_value_type(lanes)
+
+            def pointer(kind, array, index):
+                return builder.bitcast(address(context, builder, kind, array, index), vector.as_pointer())
+
+            rows = []
+            for i in range(width):
+                shift = ir.Constant(start.type, i * HALF)
+                row = builder.load(pointer(signature.args[0], array, builder.add(start, shift)))
+                row.align = x.dtype.bitwidth // 8
+                rows.append(row)
+            while len(rows) > 1:
+                rows = [
+                    builder.fadd(*(_picked(builder, a, b, list(range(side, 2 * HALF, 2))) for side in (0, 1)))
+                    for a, b in zip(rows[::2], rows[1::2], strict=True)
+                ]
+            builder.store(rows[0], pointer(signature.args[2], out, place)).align = x.dtype.bitwidth // 8
+
+        return types.void(x, types.intp, out, types.intp), codegen
+
+    return compiled
+
+
+totals, totals_of_quarters = _totals(HALF), _totals(HALF // 2)
 
 
 @intrinsic
@@ -361,6 +383,13 @@ _EXP2 = {
     types.float32: (1.327646679e-03, 9.675541293e-03, 5.550713290e-02, 2.402211972e-01, 6.931469671e-01, 1.000000072),
     types.float64: tuple(math.log(2) ** k / math.factorial(k) for k in range(13, -1, -1)),
 }
+# The same with a constant of exactly 1: 4e-9, and less towards 0.
+_DECAY = {
+    types.float32: (
+        1.533757966e-04, 1.339036662e-03, 9.618442412e-03, 5.550358353e-02, 2.402264853e-01, 6.931471876e-01, 1.0,
+    ),
+    types.float64: _EXP2[types.float64],
+}  # fmt: skip
 # log(1 + e) / e for 0 <= e <= 1, 3e-8 relative.
 _LOG1P = (
     5.232623981e-03, -2.950495713e-02, 7.822549322e-02, -1.366320689e-01, 1.910598847e-01, -2.484297754e-01,
@@ -413,9 +442,8 @@ def exp2(x):
     raise NotImplementedError("for numba")
 
 
-@overload(exp2, inline="always")
-def _(x):
-    low, round_, coefficients = _LOW[x.dtype], _ROUND[x.dtype], _EXP2[x.dtype]
+def _power(dtype, coefficients):
+    low, round_ = _LOW[dtype], _ROUND[dtype]
 
     def compiled(x):
         x = where_less(x, low, low, x)
@@ -423,6 +451,21 @@ def _(x):
         return _add_to_exponent(_polynomial(x - (rounded - round_), coefficients), rounded)
 
     return compiled
+
+
+@overload(exp2, inline="always")
+def _(x):
+    return _power(x.dtype, _EXP2[x.dtype])
+
+
+def decay(x):
+    """2^x, closer, and the closer the nearer it is to 1: for factors of which thousands are multiplied."""
+    raise NotImplementedError("for numba")
+
+
+@overload(decay, inline="always")
+def _(x):
+    return _power(x.dtype, _DECAY[x.dtype])
 
 
 def log1p(x):
