@@ -46,6 +46,7 @@ def problem(shape: Shape, device: torch.device, autotune: bool) -> Problem:
         learned=(True,) * 8,
         reference=reference,
         peers=[
+            through("selective_scan", "cpu", call, device),
             through("selective_scan", "triton", call, device),
             through("selective_scan", "mamba_ssm", call, device, layout=time_innermost),
             through("selective_scan", "reference", call, device),
