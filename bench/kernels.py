@@ -104,6 +104,7 @@ REST = {
         Shape("cross_entropy", "training", "float32", 256, 1, None),
         Shape("embed_norm", "training", "float32", 256, 50, None),
         Shape("causal_conv1d", "training", "float32", 256, 50, None),
+        *(Shape("selective_scan", phase, "float32", 128, 50) for phase in PHASES),
     ],
 }
 
