@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ._topk import top_k
-from ._values import readable
+from ._values import extremes, readable
 from .config import BERT4RecConfig, GRU4RecConfig, M2RecConfig, SASRecConfig
 from .storage import PathLike, StorageError, load_tensors, read_json, save_tensors, write_json
 from .vocab import ItemId, Unknown, Vocabulary
@@ -108,7 +108,7 @@ class SequentialRecommender(nn.Module):
             raise ValueError(f"item_ids: expected shape [B, 1..{self.max_len}], got {list(item_ids.shape)}")
         check_lengths(lengths, *item_ids.shape)
         if item_ids.numel() and readable(item_ids):
-            low, high = (int(value) for value in torch.aminmax(item_ids))
+            low, high = extremes(item_ids)
             if low < 0 or high > self.n_items:
                 raise ValueError(
                     f"item_ids: expected ids from 1 to {self.n_items} (0 is padding), got {low if low < 0 else high}"
@@ -308,7 +308,7 @@ def check_lengths(lengths: Tensor, batch: int, seqlen: int) -> None:
     if lengths.shape != (batch,):
         raise ValueError(f"lengths: expected shape [{batch}], got {list(lengths.shape)}")
     if batch and readable(lengths):
-        low, high = (int(value) for value in torch.aminmax(lengths))
+        low, high = extremes(lengths)
         if low < 1 or high > seqlen:
             raise ValueError(f"lengths: expected values from 1 to {seqlen}, got {low if low < 1 else high}")
 

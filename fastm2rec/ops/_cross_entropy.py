@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .._values import readable
+from .._values import extremes, readable
 from ..impl import AUTO, resolve
 from ._checks import expect_alike, expect_shape
 
@@ -51,7 +51,7 @@ def cross_entropy(
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction: expected 'mean' or 'sum', got {reduction!r}")
     if len(query) and readable(targets):
-        low, high = torch.aminmax(targets)
+        low, high = extremes(targets)
         if low < 1 or high >= len(weight):
-            raise ValueError(f"targets: expected items from 1 to {len(weight) - 1}, got {int(low)} to {int(high)}")
+            raise ValueError(f"targets: expected items from 1 to {len(weight) - 1}, got {low} to {high}")
     return resolve("cross_entropy", impl, query.device)(query, weight, targets, reduction)

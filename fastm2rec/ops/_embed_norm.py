@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._values import readable
+from .._values import extremes, readable
 from ..impl import AUTO, resolve
 from ._checks import expect_alike, expect_lengths, expect_shape
 
@@ -50,9 +50,9 @@ def embed_norm(
         raise TypeError(f"item_ids: expected int64 on {table.device}, got {item_ids.dtype} on {item_ids.device}")
     expect_lengths(lengths, sizes["B"], sizes["L"], table)
     if item_ids.numel() and readable(item_ids):
-        low, high = torch.aminmax(item_ids)
+        low, high = extremes(item_ids)
         if low < 0 or high >= sizes["V"]:
-            raise ValueError(f"item_ids: expected 0 to {sizes['V'] - 1}, got {int(low)} to {int(high)}")
+            raise ValueError(f"item_ids: expected 0 to {sizes['V'] - 1}, got {low} to {high}")
     if not 0 <= dropout < 1:
         raise ValueError(f"dropout: expected a probability in [0, 1), got {dropout}")
     return resolve("embed_norm", impl, table.device)(item_ids, lengths, table, weight, bias, eps, dropout)

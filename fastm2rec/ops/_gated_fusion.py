@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._values import readable
+from .._values import extremes, readable
 from ..impl import AUTO, resolve
 from ._checks import expect_alike, expect_shape
 
@@ -106,6 +106,6 @@ def _expect_ids(ids: Tensor, batch: int, n_rows: int, like: Tensor) -> None:
         raise ValueError("text: expected at least one row for ids, got none")
     if batch == 0 or not readable(ids):
         return
-    low, high = torch.aminmax(ids)
+    low, high = extremes(ids)
     if low < 0 or high >= n_rows:
-        raise ValueError(f"ids: expected values from 0 to {n_rows - 1}, got {int(low)} to {int(high)}")
+        raise ValueError(f"ids: expected values from 0 to {n_rows - 1}, got {low} to {high}")
