@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import subprocess
 import sys
@@ -335,6 +336,29 @@ def test_every_place_is_in_one_slice(workers: str, threads: Any, count: int, gra
         module_of_threads.run(_counted, (0, seen, turns), count, grain, 1, torch.float32)
         assert (seen[:count] == 1).all()
         assert seen[count] == 0
+
+
+@slices.sliced
+def _multiplied(first, last, scratch, x, y, out):
+    for i in range(first, last):
+        out[i] = x[i] * y[i]
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors multiply such numbers as fast as any")
+def test_what_is_too_small_to_be_normal_is_zero_in_kernels_alone(workers: str, threads: Any) -> None:
+    """As a product and as a factor; and the caller's threads compute afterwards as they did before."""
+    threads(2)
+    x, y = np.full(64, 1e-30, np.float32), np.full(64, 1e-9, np.float32)
+    for a, b in ((x, y), (x * y, np.full(64, 1e30, np.float32))):
+        assert (a * b > 0).all()
+        out = np.ones(64, np.float32)
+        module_of_threads.run(_multiplied, (a, b, out), 64, 1, 1, torch.float32)
+        assert (out == 0).all()
+        assert (a * b > 0).all()
+    many = torch.full((100_000,), 1e-30)
+    assert (many * 1e-9 > 0).all()  # on all of torch's threads
+    module_of_threads.run(_multiplied, (np.ones(64), np.ones(64), out64 := np.zeros(64)), 64, 1, 1, torch.float64)
+    assert (out64 == 1).all()
 
 
 @pytest.mark.usefixtures("finely_sliced")

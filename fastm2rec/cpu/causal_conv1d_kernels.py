@@ -11,8 +11,9 @@ multiple of LANES.
 from __future__ import annotations
 
 from .compiler import inline
+from .elementary import sigmoid
 from .parts import fill
-from .simd import LANES, full, load, sigmoid, store
+from .simd import LANES, full, load, store
 from .slices import sliced
 
 GROUP = 8  # rows of the batch whose gradients of the taps are one sum

@@ -1,9 +1,15 @@
-"""`cross_entropy` behind a custom op: what the kernels in `cross_entropy_kernels.py` need around them."""
+"""`cross_entropy` behind a custom op: what the kernels in `cross_entropy_kernels.py` need around them.
+
+Where nothing is traced it is a node of autograd's graph without the op, which would cost a tenth of a millisecond.
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..reference.cross_entropy import cross_entropy as reference
 from .arrays import as_flat, scratch
@@ -15,8 +21,7 @@ LEAST_ROWS, MOST_ROWS = 32, 256
 MULTIPLY_ADDS = 5_000_000  # of a slice: about a tenth of a millisecond
 
 
-@torch.library.custom_op("fastm2rec::cpu_cross_entropy", mutates_args=(), device_types="cpu")
-def _op(
+def _launch(
     query: Tensor, weight: Tensor, targets: Tensor, scale: float, of_query: bool, of_weight: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`scale` times the loss, and its gradients or nothing."""
@@ -46,6 +51,13 @@ def _op(
     return torch.tensor(loss, dtype=dtype), dquery, dweight
 
 
+@torch.library.custom_op("fastm2rec::cpu_cross_entropy", mutates_args=(), device_types="cpu")
+def _op(
+    query: Tensor, weight: Tensor, targets: Tensor, scale: float, of_query: bool, of_weight: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _launch(query, weight, targets, scale, of_query, of_weight)
+
+
 @_op.register_fake
 def _(query, weight, targets, scale, of_query, of_weight):
     return (
@@ -72,6 +84,19 @@ def _backward(ctx, dloss, *_):
 _op.register_autograd(_backward, setup_context=_save)
 
 
+class _CrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        loss, *gradients = _launch(*inputs)
+        ctx.save_for_backward(*gradients)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Any, ...]:
+        return _backward(ctx, dloss)
+
+
 def cross_entropy(query: Tensor, weight: Tensor, targets: Tensor, reduction: str) -> Tensor:
     """As `fastm2rec.reference.cross_entropy.cross_entropy`, which it is where the kernels cannot run (D no multiple of
     32, half precision, an empty batch)."""
@@ -79,4 +104,7 @@ def cross_entropy(query: Tensor, weight: Tensor, targets: Tensor, reduction: str
         return reference(query, weight, targets, reduction)
     graded = torch.is_grad_enabled()
     scale = 1 / len(query) if reduction == "mean" else 1.0
-    return _op(query, weight, targets, scale, graded and query.requires_grad, graded and weight.requires_grad)[0]
+    inputs = query, weight, targets, scale, graded and query.requires_grad, graded and weight.requires_grad
+    if torch.compiler.is_compiling() or type(query) is not Tensor:
+        return _op(*inputs)[0]
+    return _CrossEntropy.apply(*inputs)

@@ -20,7 +20,8 @@ import numpy as np
 from numba.extending import register_jitable
 
 from .compiler import borrower, entry
-from .simd import HALF, LANES, LOG2_E, exp2, full, load, store, where_less
+from .elementary import LOG2_E, exp2
+from .simd import HALF, LANES, full, load, store, where_less
 from .slices import sliced
 from .tiles import ROWS, multiply
 
@@ -72,9 +73,12 @@ def piece(
 ) -> Piece:  # fmt: skip
     """The rows of a batch from `start`."""
     wide, blocks = _wide(rows), division(items)[0]
-    ends = np.cumsum([dim * wide, items * wide, blocks * wide, blocks * wide, 3 * wide])
-    transposed, scores, greatest, sums, totals = np.split(memory[: ends[-1]], ends[:-1])
+    parts = []
+    for size in (dim, items, blocks, blocks, 3):
+        parts.append(memory[: size * wide])
+        memory = memory[size * wide :]
     query, targets = query[start * dim : (start + rows) * dim], targets[start : start + rows]
+    transposed, scores, greatest, sums, totals = parts
     made = Piece(
         weight, query, targets, transposed, scores, greatest, sums, totals, start, rows, items, dim, wide
     )  # fmt: skip

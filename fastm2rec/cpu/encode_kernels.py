@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .compiler import borrower, part
+from .elementary import gelu, sigmoid
 from .parts import (
     ROWS,
     as_scan,
@@ -27,7 +28,7 @@ from .parts import (
     start_scan,
 )  # fmt: skip
 from .row_kernels import INPUT, NONE, read_block, spectrum_of, transform
-from .simd import LANES, at, full, gelu, load, sigmoid, store, total
+from .simd import LANES, at, full, load, store, total
 from .slices import sliced
 from .symmetry_kernels import GROUP
 

@@ -21,6 +21,7 @@ import numpy as np
 from numba.extending import register_jitable
 
 from .compiler import entry, part
+from .elementary import LOG2_E, exp2, sigmoid, softplus
 from .parts import (
     ROWS,
     accumulate,
@@ -41,21 +42,7 @@ from .parts import (
     write,
 )  # fmt: skip
 from .product_kernels import contract_row, expand_row, scratch_size
-from .simd import (
-    HALF,
-    LANES,
-    LOG2_E,
-    at,
-    exp2,
-    folded,
-    full,
-    load,
-    load_half,
-    sigmoid,
-    softplus,
-    store,
-    totals,
-)  # fmt: skip
+from .simd import HALF, LANES, at, folded, full, load, load_half, store, totals
 from .slices import sliced
 
 GROUP = 8  # rows of the batch whose parameter gradients are summed together

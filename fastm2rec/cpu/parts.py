@@ -11,7 +11,8 @@ import numpy as np
 from numba.extending import register_jitable
 
 from .compiler import entry, inline, part
-from .simd import LANES, LOG2_E, at, exp2, forgotten, full, least, load, sigmoid, softplus, store
+from .elementary import LOG2_E, exp2, forgotten, sigmoid, softplus
+from .simd import LANES, at, full, least, load, store
 
 ROWS = 8  # positions at a time
 

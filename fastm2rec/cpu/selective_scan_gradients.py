@@ -18,23 +18,10 @@ from __future__ import annotations
 from numba.extending import register_jitable
 
 from .compiler import borrower, inline
+from .elementary import LOG2_E, decay, sigmoid
 from .parts import accumulate, fill, quad, store_quad
-from .selective_scan_kernels import BLOCK, FIELDS, checkpoint, flushed, step_size
-from .simd import (
-    HALF,
-    LANES,
-    LOG2_E,
-    at,
-    decay,
-    folded,
-    full,
-    load,
-    load_half,
-    side_by_side,
-    sigmoid,
-    store,
-    totals_of_quarters,
-)  # fmt: skip
+from .selective_scan_kernels import BLOCK, FIELDS, checkpoint, step_size
+from .simd import HALF, LANES, at, folded, full, load, load_half, side_by_side, store, totals_of_quarters
 from .slices import sliced
 
 GROUP = 4  # sequences whose gradients of A, D and the bias are one sum
@@ -90,8 +77,8 @@ def _states(x, row, c, t, rows, checkpoints, dh, records, kept, dB, dC, sums, lo
             Aq = load(records, here + 5 * LANES)
             store(records, here + 5 * LANES, Aq + a0 * q0 + a1 * q1)
             dA0, dA1 = dA0 + dt * q0, dA1 + dt * q1
-        store(dh, first, flushed(g0))
-        store(dh, second, flushed(g1))
+        store(dh, first, g0)
+        store(dh, second, g1)
         accumulate(sums, lost, first, dA0)
         accumulate(sums, lost, second, dA1)
 

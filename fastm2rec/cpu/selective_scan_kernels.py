@@ -19,12 +19,12 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
-from numba import types
-from numba.extending import overload, register_jitable
+from numba.extending import register_jitable
 
 from .compiler import borrower, inline
+from .elementary import decay, sigmoid, softplus
 from .selective_scan import BLOCK
-from .simd import LANES, at, decay, full, load, sigmoid, softplus, store, where_less
+from .simd import LANES, at, full, load, store
 from .slices import sliced
 
 FIELDS = 8  # Lanes in a position's record, which the passes over the states share; here dt, w and y
@@ -46,22 +46,6 @@ class Scan(NamedTuple):
     dim: int
     dstate: int
     softplus: bool
-
-
-# Smaller states are set to 0 between blocks: decaying further they would no longer be normal numbers, of which an
-# operation costs 100 cycles on some processors.
-_TINY = {types.float32: 2.0**-90, types.float64: 2.0**-700}
-
-
-def flushed(x):
-    """x, or 0 where next to nothing is left of it."""
-    raise NotImplementedError("for numba")
-
-
-@overload(flushed, inline="always")
-def _(x):
-    tiny = _TINY[x.dtype]
-    return lambda x: where_less(x, tiny, where_less(0.0 - x, tiny, 0.0, x), x)
 
 
 @inline
@@ -101,8 +85,8 @@ def _advance(x, c, n, t, rows, h, records):
         h1 = decay(a1 * dt) * h1 + at(x.B, place + 1) * w
         y = load(records, here + 2 * LANES)
         store(records, here + 2 * LANES, y + at(x.C, place) * h0 + at(x.C, place + 1) * h1)
-    store(h, n * LANES, flushed(h0))
-    store(h, (n + 1) * LANES, flushed(h1))
+    store(h, n * LANES, h0)
+    store(h, (n + 1) * LANES, h1)
 
 
 @borrower

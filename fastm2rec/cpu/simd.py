@@ -1,16 +1,15 @@
-"""`Lanes`: several numbers as one value in numba code, and the functions of them that the kernels need.
+"""`Lanes`: several numbers as one value in numba code, and how they are read, written, added up and compared.
 
 LLVM's own vectoriser gives up on a loop over as many arrays as the backward pass has, and cannot keep sums of several
 rows in registers. With a vector type the kernels say what they want: `+ - * /` of Lanes with Lanes or with a number,
-`load`, `store`, `total`.
+`load`, `store`, `total`. Exponentials and what is made of them: elementary.py.
 
-Multiplications and additions may be fused, nothing else may be reordered: compensated sums and the rounding in `exp2`
-depend on it. NaN stays NaN through every function here.
+Multiplications and additions may be fused, nothing else may be reordered: compensated sums depend on it. NaN stays NaN
+through every function here.
 """
 
 from __future__ import annotations
 
-import math
 import operator
 from typing import Any
 
@@ -19,7 +18,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 from numba.core.codegen import get_host_cpu_features
-from numba.extending import lower_builtin, models, overload, register_jitable, register_model, type_callable
+from numba.extending import lower_builtin, models, register_model, type_callable
 
 # What it decorates is called with other arguments than it is defined with, which type checkers cannot know.
 intrinsic: Any = numba.extending.intrinsic
@@ -42,7 +41,7 @@ class _LanesModel(models.PrimitiveModel):
         super().__init__(manager, lanes, ir.VectorType(manager.lookup(lanes.dtype).get_value_type(), lanes.count))
 
 
-def _splat(context, builder, value, kind, lanes):
+def splat(context, builder, value, kind, lanes):
     """`value` of numba type `kind`, a number or Lanes already, as Lanes."""
     if isinstance(kind, Lanes):
         return value
@@ -68,7 +67,7 @@ def _register(python_operator, instruction: str) -> None:
 
     def lower(context, builder, signature, arguments):
         a, b = (
-            _splat(context, builder, value, kind, signature.return_type)
+            splat(context, builder, value, kind, signature.return_type)
             for value, kind in zip(arguments, signature.args, strict=True)
         )
         return getattr(builder, instruction)(a, b, flags=("contract",))
@@ -194,7 +193,7 @@ def store(typingctx, array, index, value):
     def codegen(context, builder, signature, arguments):
         place = address(context, builder, signature.args[0], *arguments[:2])
         kind = signature.args[2]
-        vector = _splat(context, builder, arguments[2], kind, lanes)
+        vector = splat(context, builder, arguments[2], kind, lanes)
         instruction = builder.store(vector, builder.bitcast(place, vector.type.as_pointer()))
         instruction.align = array.dtype.bitwidth // 8
 
@@ -217,7 +216,7 @@ def full(typingctx, array, value):
     lanes = Lanes(array.dtype)
 
     def codegen(context, builder, signature, arguments):
-        return _splat(context, builder, arguments[1], signature.args[1], lanes)
+        return splat(context, builder, arguments[1], signature.args[1], lanes)
 
     return lanes(array, value), codegen
 
@@ -228,8 +227,7 @@ def where_less(typingctx, x, bound, then, otherwise):
 
     def codegen(context, builder, signature, arguments):
         value, bound, then, otherwise = (
-            _splat(context, builder, argument, kind, x)
-            for argument, kind in zip(arguments, signature.args, strict=True)
+            splat(context, builder, argument, kind, x) for argument, kind in zip(arguments, signature.args, strict=True)
         )
         return builder.select(builder.fcmp_ordered("<", value, bound), then, otherwise)
 
@@ -242,8 +240,7 @@ def above(typingctx, x, bound):
 
     def codegen(context, builder, signature, arguments):
         value, bound = (
-            _splat(context, builder, argument, kind, x)
-            for argument, kind in zip(arguments, signature.args, strict=True)
+            splat(context, builder, argument, kind, x) for argument, kind in zip(arguments, signature.args, strict=True)
         )
         bits = builder.fcmp_unordered(">", value, bound)
         return builder.zext(builder.bitcast(bits, ir.IntType(x.count)), ir.IntType(64))
@@ -309,18 +306,18 @@ def dropped(typingctx, array, index, key, threshold, scale):
         word = ir.IntType(32)
         words = ir.VectorType(word, LANES)
 
-        def splat(value):
+        def repeated(value):
             one = builder.insert_element(ir.Constant(words, ir.Undefined), value, ir.Constant(word, 0))
             return builder.shuffle_vector(one, one, ir.Constant(words, [0] * LANES))
 
         def half(value, shift):
-            return splat(builder.trunc(builder.lshr(value, ir.Constant(value.type, shift)), word))
+            return repeated(builder.trunc(builder.lshr(value, ir.Constant(value.type, shift)), word))
 
         bits = builder.add(half(index, 0), ir.Constant(words, list(range(LANES))))
         bits = _mixed(builder, builder.add(bits, half(key, 0)))
         bits = _mixed(builder, builder.xor(bits, builder.add(half(key, 32), half(index, 32))))
         kept = builder.icmp_unsigned(">=", bits, half(threshold, 0))
-        scales = _splat(context, builder, scale, kinds[4], lanes)
+        scales = splat(context, builder, scale, kinds[4], lanes)
         return builder.select(kept, scales, ir.Constant(scales.type, [0.0] * LANES))
 
     return lanes(array, types.int64, types.int64, types.int64, scale), codegen
@@ -356,184 +353,3 @@ def total(typingctx, x):
         return builder.extract_element(value, ir.Constant(ir.IntType(32), 0))
 
     return x.dtype(x), codegen
-
-
-@intrinsic
-def _add_to_exponent(typingctx, x, rounded):
-    """x * 2^k, k being the integer in the low bits of `rounded`'s mantissa."""
-    mantissa = 23 if x.dtype == types.float32 else 52
-
-    def codegen(context, builder, signature, arguments):
-        integers = ir.VectorType(ir.IntType(x.dtype.bitwidth), x.count)
-        bits, k = (builder.bitcast(argument, integers) for argument in arguments)
-        shift = ir.Constant(integers, [mantissa] * x.count)
-        return builder.bitcast(builder.add(bits, builder.shl(k, shift)), arguments[0].type)
-
-    return x(x, x), codegen
-
-
-# Between these `exp2` is right; above and below it takes their values. The lower bound leaves room for factors: a
-# product that is no longer a normal number costs 100 cycles on some processors.
-_LOW = {types.float32: -100.0, types.float64: -900.0}
-_HIGH = {types.float32: 126.0, types.float64: 1000.0}
-# Adding this leaves no bits for a fraction.
-_ROUND = {types.float32: 1.5 * 2.0**23, types.float64: 1.5 * 2.0**52}
-# 2^f for |f| <= 1/2: a minimax polynomial, 7.5e-8 relative, or Taylor's, 4e-18. Highest power first.
-_EXP2 = {
-    types.float32: (1.327646679e-03, 9.675541293e-03, 5.550713290e-02, 2.402211972e-01, 6.931469671e-01, 1.000000072),
-    types.float64: tuple(math.log(2) ** k / math.factorial(k) for k in range(13, -1, -1)),
-}
-# The same with a constant of exactly 1: 4e-9, and less towards 0.
-_DECAY = {
-    types.float32: (
-        1.533757966e-04, 1.339036662e-03, 9.618442412e-03, 5.550358353e-02, 2.402264853e-01, 6.931471876e-01, 1.0,
-    ),
-    types.float64: _EXP2[types.float64],
-}  # fmt: skip
-# log(1 + e) / e for 0 <= e <= 1, 3e-8 relative.
-_LOG1P = (
-    5.232623981e-03, -2.950495713e-02, 7.822549322e-02, -1.366320689e-01, 1.910598847e-01, -2.484297754e-01,
-    3.331909622e-01, -4.999949311e-01, 9.999999699e-01,
-)  # fmt: skip
-# atanh(w) / w in powers of w^2 for |w| <= 1/3: Taylor's, 1e-18.
-_ATANH = tuple(1 / (2 * k + 1) for k in range(17, -1, -1))
-# exp(x^2) erfc(x) / t in powers of t = 1 / (1 + x / 2) for 0 <= x <= 10: 2.2e-8 relative.
-_ERFCX = (
-    1.353464931e-02, -1.296140486e-01, 4.428111344e-01, -6.870457980e-01, 4.341518800e-01, -1.045284806e-01,
-    2.274455204e-01, 2.382882295e-01, 2.828940154e-01, 2.820628826e-01,
-)  # fmt: skip
-LOG2_E = math.log2(math.e)
-
-
-# A factor 2^x below these is nothing: thousands of such terms are less than a rounding of one that remembers.
-_FORGOTTEN = {types.float32: -40.0, types.float64: -72.0}
-
-
-def forgotten(x):
-    """Is 2^x next to nothing?"""
-    raise NotImplementedError("for numba")
-
-
-@overload(forgotten, inline="always")
-def _(x):
-    bound = _FORGOTTEN[x]
-    return lambda x: x < bound
-
-
-@intrinsic
-def _polynomial(typingctx, x, coefficients):
-    """Horner's scheme; the coefficients are a tuple of numbers, highest power first."""
-
-    def codegen(context, builder, signature, arguments):
-        first, *rest = (
-            _splat(context, builder, value, types.float64, x) for value in cgutils.unpack_tuple(builder, arguments[1])
-        )
-        value = first
-        for coefficient in rest:
-            value = builder.fmul(value, arguments[0], flags=("contract",))
-            value = builder.fadd(value, coefficient, flags=("contract",))
-        return value
-
-    return x(x, coefficients), codegen
-
-
-def exp2(x):
-    """2^x."""
-    raise NotImplementedError("for numba")
-
-
-def _power(dtype, coefficients):
-    low, round_ = _LOW[dtype], _ROUND[dtype]
-
-    def compiled(x):
-        x = where_less(x, low, low, x)
-        rounded = x + round_
-        return _add_to_exponent(_polynomial(x - (rounded - round_), coefficients), rounded)
-
-    return compiled
-
-
-@overload(exp2, inline="always")
-def _(x):
-    return _power(x.dtype, _EXP2[x.dtype])
-
-
-def decay(x):
-    """2^x, closer, and the closer the nearer it is to 1: for factors of which thousands are multiplied."""
-    raise NotImplementedError("for numba")
-
-
-@overload(decay, inline="always")
-def _(x):
-    return _power(x.dtype, _DECAY[x.dtype])
-
-
-def log1p(x):
-    """log(1 + x) for 0 <= x <= 1."""
-    raise NotImplementedError("for numba")
-
-
-@overload(log1p, inline="always")
-def _(x):
-    if x.dtype == types.float32:
-        return lambda x: x * _polynomial(x, _LOG1P)
-
-    def compiled(x):
-        w = x / (x + 2.0)
-        return 2.0 * w * _polynomial(w * w, _ATANH)
-
-    return compiled
-
-
-def sigmoid(x):
-    """1 / (1 + exp(-x))."""
-    raise NotImplementedError("for numba")
-
-
-@overload(sigmoid, inline="always")
-def _(x):
-    low = -_HIGH[x.dtype]
-
-    def compiled(x):
-        y = x * LOG2_E
-        return 1.0 / (1.0 + exp2(0.0 - where_less(y, low, low, y)))
-
-    return compiled
-
-
-@register_jitable
-def softplus(x):
-    """log(1 + exp(x)), and its derivative."""
-    small = exp2(where_less(x, 0.0, x, 0.0 - x) * LOG2_E)
-    return where_less(x, 0.0, 0.0, x) + log1p(small), where_less(x, 0.0, small, 1.0) / (1.0 + small)
-
-
-@register_jitable
-def _erfc(x):
-    """For x >= 0, in float32."""
-    t = 1.0 / (1.0 + 0.5 * x)
-    return exp2((0.0 - LOG2_E) * x * x) * t * _polynomial(t, _ERFCX)
-
-
-def gelu(x, size):
-    """x[:size] * Phi(x[:size]), in place; Phi is the normal distribution's."""
-    raise NotImplementedError("for numba")
-
-
-@overload(gelu)
-def _(x, size):
-    if x.dtype == types.float64:
-
-        def exact(x, size):
-            for i in range(size):
-                x[i] *= 0.5 * math.erfc(-math.sqrt(0.5) * x[i])
-
-        return exact
-
-    def compiled(x, size):
-        for c in range(0, size, LANES):
-            v = load(x, c)
-            tail = 0.5 * _erfc(math.sqrt(0.5) * where_less(v, 0.0, 0.0 - v, v))
-            store(x, c, v * where_less(v, 0.0, tail, 1.0 - tail))
-
-    return compiled
