@@ -5,7 +5,8 @@
 
 Every model has its loss at the last position, as M2Rec must have; "as published" has SASRec's at all positions and
 BERT4Rec's at masked ones. Loss and gradients are checked against the reference before a step is timed. Without dropout;
-bfloat16 is autocast.
+bfloat16 is autocast. On a CPU the process keeps the memory that it frees, as `fastm2rec train` does: models that take
+turns would else wait for the system to give them, page by page, what the one before gave back.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ if __name__ == "__main__":  # from a clone, installed or not
 
 from bench import _driver, _options, _plot, _table, _training
 from bench._results import Row
+from fastm2rec.training.runtime import keep_freed_memory
 
 SEQ_LEN = {"cpu": [50, 200], "cuda": [200, 50, 800]}
 BATCH = {"cpu": [32], "cuda": [2048]}
@@ -35,6 +37,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def run(options: argparse.Namespace) -> list[Row]:
     """Measure everything that was asked for."""
+    if options.device == "cpu":
+        keep_freed_memory()
     jobs = _training.Jobs(options)
     return _driver.sweep(options, "train_step", list(_driver.grid(options)), jobs, jobs.empty)
 
