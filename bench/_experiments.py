@@ -113,16 +113,16 @@ def render(records: Sequence[Record], out: Path) -> str:
     own = [record for record in records if record.get("kind") == "experiment" and record["runs"]]
     if not own:
         raise ValueError("records: expected at least one experiment with a finished run, got none")
-    own.sort(key=lambda record: (record["device"], _place(record["name"])))
+    own.sort(key=lambda record: (_place(record["name"]), record["device"]))
     lengths = Counter(row["options"]["max_len"] for record in own for row in record["runs"])
     datasets = {row["dataset"] for record in own for row in record["runs"]}
     absent = "" if "ml-1m" in datasets else " ML-1M was not run."
     data = f"\n{tables.datasets(own)}\n" if any(record.get("data") for record in own) else ""
     parts = [HEAD.format(rules=claims.RULES, max_len=lengths.most_common(1)[0][0], absent=absent, data=data)]
     sections, summary = [], []
-    several = len({record["device"] for record in own}) > 1
+    times = Counter(record["name"] for record in own)
     for record in own:
-        text, rows = _section(record, out, several)
+        text, rows = _section(record, out, times[record["name"]] > 1)
         sections.append(text)
         summary += rows
     sections += _across(own)

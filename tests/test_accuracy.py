@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -249,6 +250,21 @@ def test_what_is_missing_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         accuracy.main([])
     assert "expected an experiment's YAML file, or --report" in capsys.readouterr().err
+
+
+def test_an_experiment_on_two_devices_has_two_sections_and_their_figures(done: Path, tmp_path: Path) -> None:
+    """One that was made on one device alone has no need to say so in its title."""
+    record = json.loads((done / "work" / "records" / "main.json").read_text())
+    other = {**record, "device": "another CPU, 8 threads"}
+    page = _experiments.render([record, other, {**other, "name": "gate"}], tmp_path)
+    titles = [line for line in page.splitlines() if line.startswith("## ")]
+    assert f"## Main table ({record['device']})" in titles
+    assert "## Main table (another CPU, 8 threads)" in titles
+    assert "## Text and gate" in titles
+    drawn = set(re.findall(r"\]\(([^)]+\.png)\)", page))
+    assert {"main-another-cpu.png", "gate.png"} <= drawn
+    assert len(drawn) == 3
+    assert all((tmp_path / name).is_file() for name in drawn)
 
 
 def _found(low: float, high: float, by_seed: list[float], theirs: float = 0.2) -> dict[str, Any]:
