@@ -27,8 +27,10 @@ LABELS = {
     "peak_mem_mb": "peak memory of a call (MB)",
 }
 PANEL_TITLES = {"batch": "batch {:,}", "seq_len": "length {:,}", "phase": "{}", "n_items": "{:,} items"}
-# Long names of processors do not fit a figure's title in one line.
-TITLE_WIDTH = 110
+# Long names of processors do not fit a figure's title in one line, and right of the panels is the legend.
+PANEL_INCHES = 5.0
+TITLE_PER_INCH = 13  # letters
+TITLE_MOST = 110
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ def grid(path: str | Path, panels: Sequence[tuple[str, str, Sequence[Row]]], y: 
 
     dtypes = list(dict.fromkeys(row.dtype for _, _, rows in panels for row in rows))
     lines = any(len({getattr(row, x) for row in rows}) > 1 for x, _, rows in panels)
-    size = (5.0 * len(panels) + (2.6 if lines else 2.0), 4.4 * len(dtypes))
+    size = (PANEL_INCHES * len(panels) + (2.6 if lines else 2.0), 4.4 * len(dtypes))
     figure, axes = plt.subplots(len(dtypes), len(panels), figsize=size, squeeze=False, layout="constrained")
     for line, dtype in zip(axes, dtypes, strict=True):
         for axis, (x, name, rows) in zip(line, panels, strict=True):
@@ -97,7 +99,7 @@ def grid(path: str | Path, panels: Sequence[tuple[str, str, Sequence[Row]]], y: 
     if lines:
         handles = {line.get_label(): line for axis in axes.flat for line in axis.get_lines()}
         figure.legend(handles.values(), handles.keys(), loc="outside right upper", fontsize=8, handlelength=4)
-    figure.suptitle(_wrapped(title), fontsize=10)
+    figure.suptitle(_wrapped(title, len(panels)), fontsize=10, x=0.02, ha="left")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
@@ -105,10 +107,10 @@ def grid(path: str | Path, panels: Sequence[tuple[str, str, Sequence[Row]]], y: 
     print(f"figure: {path}")
 
 
-def _wrapped(title: str) -> str:
+def _wrapped(title: str, panels: int) -> str:
     import textwrap
 
-    return "\n".join(textwrap.wrap(title, TITLE_WIDTH))
+    return "\n".join(textwrap.wrap(title, min(TITLE_MOST, int(TITLE_PER_INCH * PANEL_INCHES * panels))))
 
 
 def _label(row: Row) -> str:
