@@ -344,7 +344,7 @@ def _multiplied(first, last, scratch, x, y, out):
         out[i] = x[i] * y[i]
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="other processors multiply such numbers as fast as any")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="only x86-64 is told to")
 def test_what_is_too_small_to_be_normal_is_zero_in_kernels_alone(workers: str, threads: Any) -> None:
     """As a product and as a factor; and the caller's threads compute afterwards as they did before."""
     threads(2)

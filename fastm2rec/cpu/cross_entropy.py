@@ -51,11 +51,7 @@ def _launch(
     return torch.tensor(loss, dtype=dtype), dquery, dweight
 
 
-@torch.library.custom_op("fastm2rec::cpu_cross_entropy", mutates_args=(), device_types="cpu")
-def _op(
-    query: Tensor, weight: Tensor, targets: Tensor, scale: float, of_query: bool, of_weight: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _launch(query, weight, targets, scale, of_query, of_weight)
+_op = torch.library.custom_op("fastm2rec::cpu_cross_entropy", _launch, mutates_args=(), device_types="cpu")
 
 
 @_op.register_fake

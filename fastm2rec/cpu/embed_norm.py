@@ -76,11 +76,7 @@ def _launch_backward(
     return dtable, dweight.sum(0), dbias.sum(0)
 
 
-@torch.library.custom_op("fastm2rec::cpu_embed_norm", mutates_args=(), device_types="cpu")
-def _forward_op(
-    item_ids: Tensor, lengths: Tensor, table: Tensor, weight: Tensor, bias: Tensor, eps: float, p: float, key: int
-) -> tuple[Tensor, Tensor]:
-    return _launch_forward(item_ids, lengths, table, weight, bias, eps, p, key)
+_forward_op = torch.library.custom_op("fastm2rec::cpu_embed_norm", _launch_forward, mutates_args=(), device_types="cpu")
 
 
 @_forward_op.register_fake
@@ -89,19 +85,9 @@ def _(item_ids, lengths, table, weight, bias, eps, p, key):
     return table.new_empty(batch, seqlen, dim), table.new_empty(batch, dim)
 
 
-@torch.library.custom_op("fastm2rec::cpu_embed_norm_backward", mutates_args=(), device_types="cpu")
-def _backward_op(
-    dx: Tensor,
-    dnewest: Tensor,
-    item_ids: Tensor,
-    lengths: Tensor,
-    table: Tensor,
-    weight: Tensor,
-    eps: float,
-    p: float,
-    key: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return _launch_backward(dx, dnewest, item_ids, lengths, table, weight, eps, p, key)
+_backward_op = torch.library.custom_op(
+    "fastm2rec::cpu_embed_norm_backward", _launch_backward, mutates_args=(), device_types="cpu"
+)
 
 
 @_backward_op.register_fake
