@@ -57,6 +57,7 @@ def _reference() -> dict[str, Callable[..., Any]]:
     from .reference.gated_fusion import gated_fusion
     from .reference.last_scan import last_scan
     from .reference.last_state import last_state
+    from .reference.output_ffn import output_ffn
     from .reference.selective_scan import selective_scan
     from .reference.spectral_projection import spectral_projection, spectral_projection_fft
 
@@ -69,6 +70,7 @@ def _reference() -> dict[str, Callable[..., Any]]:
             "gated_fusion": gated_fusion,
             "last_scan": last_scan,
             "last_state": last_state,
+            "output_ffn": output_ffn,
             "selective_scan": selective_scan,
             "spectral_projection": spectral_projection,
             "spectral_projection_fft": spectral_projection_fft,
@@ -83,6 +85,7 @@ def _cpu() -> dict[str, Callable[..., Any]]:
     from .cpu.encode_last import encode_last
     from .cpu.filtered_last_scan import filtered_last_scan
     from .cpu.last_scan import last_scan
+    from .cpu.output_ffn import output_ffn
     from .cpu.selective_scan import selective_scan
     from .cpu.spectral_projection import spectral_projection
 
@@ -94,6 +97,7 @@ def _cpu() -> dict[str, Callable[..., Any]]:
         "encode_last": encode_last,
         "filtered_last_scan": filtered_last_scan,
         "last_scan": last_scan,
+        "output_ffn": output_ffn,
         "selective_scan": selective_scan,
         "spectral_projection": spectral_projection,
     }
@@ -110,6 +114,7 @@ def _triton() -> dict[str, Callable[..., Any]]:
     from .reference.cross_entropy import cross_entropy
     from .reference.embed_norm import embed_norm
     from .reference.last_scan import last_scan
+    from .reference.output_ffn import output_ffn
 
     return _with_filter(
         _on_their_device(
@@ -121,6 +126,7 @@ def _triton() -> dict[str, Callable[..., Any]]:
                 "gated_fusion": gated_fusion,
                 "last_scan": partial(last_scan, scan=last_state),
                 "last_state": last_state,
+                "output_ffn": output_ffn,
                 "selective_scan": selective_scan,
                 "spectral_projection": spectral_projection,
                 "spectral_projection_fft": spectral_projection_fft,
@@ -192,7 +198,7 @@ class _Implementation:
 _OPS = frozenset(
     {
         "causal_conv1d", "cross_entropy", "embed_norm", "encode_last", "filtered_last_scan", "gated_fusion",
-        "last_scan", "last_state", "selective_scan", "spectral_projection", "spectral_projection_fft",
+        "last_scan", "last_state", "output_ffn", "selective_scan", "spectral_projection", "spectral_projection_fft",
     }
 )  # fmt: skip
 

@@ -83,9 +83,9 @@ class Mamba(ReferenceMamba):
         stride: int = 1,
         impl: str = "auto",
     ) -> Tensor:
-        """The last real position only: x [B, L, D] to [B, D]; arguments as of `forward`.
+        """What `out_proj` takes at the last real position: x [B, L, D] to [B, E]; arguments as of `forward`.
 
-        z, C, D u and the output projection are computed there alone, and the scan in closed form.
+        z, C and D u are computed there alone, and the scan in closed form.
 
         Args:
             newest: x at each row's last real position, [B, D].
@@ -102,7 +102,7 @@ class Mamba(ReferenceMamba):
             y = self._last_state(u, gate, lengths, stride, impl)
         if self.scan_norm:
             y = self.norm(y) * F.silu(z)
-        return self.out_proj(y)
+        return y
 
     def _last_scan(
         self,

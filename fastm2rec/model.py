@@ -76,10 +76,51 @@ class Layer(nn.Module):
             if newest is None:
                 x, newest = with_one(x, lengths - 1)
             y, x = self.mamba.last(x, lengths, newest, filter, inner, stride, impl), newest
+            if self._is_plain():
+                return self._output(y, x, impl)
+            y = self.mamba.out_proj(y)
         else:
             y = self.mamba(x, lengths, filter, inner, impl)
         y = self.dropout(y)
         return self.ffn(self.norm(y + x if self.residual else y))
+
+    def _is_plain(self) -> bool:
+        """Are the modules behind the scan those that were built, so that one op may stand for them?"""
+        ffn = self.ffn
+        linear = self.mamba.out_proj, ffn.fc1, ffn.fc2
+        norms, dropouts = (self.norm, ffn.norm), (self.dropout, ffn.dropout)
+        return (
+            all(is_plain(module, nn.Linear) for module in linear)
+            and all(is_plain(module, nn.LayerNorm) for module in norms)
+            and all(is_plain(module, nn.Dropout) for module in dropouts)
+            and is_plain(ffn, FeedForward)
+        )
+
+    def _output(self, y: Tensor, x: Tensor, impl: str) -> Tensor:
+        """The layer's output from the scan's at the last position, y [B, E], and its input there, x [B, D]."""
+        out_proj, norm, ffn = self.mamba.out_proj, self.norm, self.ffn
+        return ops.output_ffn(
+            y,
+            x if self.residual else None,
+            out_proj.weight,
+            out_proj.bias,
+            norm.weight,
+            norm.bias,
+            ffn.fc1.weight,
+            ffn.fc1.bias,
+            ffn.fc2.weight,
+            ffn.fc2.bias,
+            ffn.norm.weight,
+            ffn.norm.bias,
+            norm.eps,
+            self.dropout.p if self.training else 0.0,
+            impl=impl,
+        )
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Is it of that very class and has no hook? What was put in its place, or hooked on to it, has work to do."""
+    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)
 
 
 class M2RecEncoder(nn.Module):
@@ -338,9 +379,9 @@ class M2Rec(SequentialRecommender):
             item_ids = F.pad(item_ids, (0, missing))
         norm, dropout = self.input_norm, self.dropout.p if self.training else 0.0
         module = self.item_embedding
-        if type(module) is nn.Embedding and not (module._forward_hooks or module._forward_pre_hooks):
+        if is_plain(module, nn.Embedding):
             table = module.weight
-        else:  # what was put in its place, or hooked on to it, makes the vectors
+        else:  # it makes the vectors
             table = module(item_ids).flatten(0, 1)
             item_ids = torch.arange(len(table), device=table.device).view_as(item_ids)
         return ops.embed_norm(item_ids, lengths, table, norm.weight, norm.bias, norm.eps, dropout, impl=self.impl)

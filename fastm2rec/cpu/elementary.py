@@ -168,9 +168,16 @@ def softplus(x):
 
 @register_jitable
 def _erfc(x):
-    """For x >= 0, in float32."""
-    t = 1.0 / (1.0 + 0.5 * x)
-    return exp2((0.0 - LOG2_E) * x * x) * t * _polynomial(t, _ERFCX)
+    """For x >= 0, in float32; and exp(-x^2)."""
+    t, power = 1.0 / (1.0 + 0.5 * x), exp2((0.0 - LOG2_E) * x * x)
+    return power * t * _polynomial(t, _ERFCX), power
+
+
+@register_jitable
+def _normal(x):
+    """Phi(x), the normal distribution's, in float32; and exp(-x^2 / 2)."""
+    tail, power = _erfc(math.sqrt(0.5) * where_less(x, 0.0, 0.0 - x, x))
+    return where_less(x, 0.0, 0.5 * tail, 1.0 - 0.5 * tail), power
 
 
 def gelu(x, size):
@@ -191,7 +198,38 @@ def _(x, size):
     def compiled(x, size):
         for c in range(0, size, LANES):
             v = load(x, c)
-            tail = 0.5 * _erfc(math.sqrt(0.5) * where_less(v, 0.0, 0.0 - v, v))
-            store(x, c, v * where_less(v, 0.0, tail, 1.0 - tail))
+            phi, _ = _normal(v)
+            store(x, c, v * phi)
+
+    return compiled
+
+
+_DENSITY = 1 / math.sqrt(2 * math.pi)
+
+
+def gelu_slope(x, slope, start, stop):
+    """`gelu` of x[start:stop], in place, and its derivative to the same places of `slope`."""
+    raise NotImplementedError("for numba")
+
+
+@overload(gelu_slope)
+def _(x, slope, start, stop):
+    if x.dtype == types.float64:
+
+        def exact(x, slope, start, stop):
+            for i in range(start, stop):
+                v = x[i]
+                phi = 0.5 * math.erfc(-math.sqrt(0.5) * v)
+                x[i] = v * phi
+                slope[i] = phi + v * _DENSITY * math.exp(-0.5 * v * v)
+
+        return exact
+
+    def compiled(x, slope, start, stop):
+        for c in range(start, stop, LANES):
+            v = load(x, c)
+            phi, power = _normal(v)
+            store(x, c, v * phi)
+            store(slope, c, phi + v * _DENSITY * power)
 
     return compiled

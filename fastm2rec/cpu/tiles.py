@@ -1,7 +1,8 @@
 """Matrix products whose sums stay in registers: what a loss over the whole catalogue spends its time on.
 
 `products(rows, columns)` adds up `rows` x `columns` sums at once, each term of `a` being read for all columns and each
-of `b` for all rows. `multiply` covers a matrix with such tiles.
+of `b` for all rows. `multiply` covers a matrix with such tiles. `b` is read along its rows: `transpose` makes it of one
+that lies the other way.
 """
 
 from __future__ import annotations
@@ -118,3 +119,46 @@ def multiply(a, from_, a_row, a_step, rows, b, at, b_step, columns, depth, out, 
         _wide(a, from_, a_row, a_step, rows, b, at + j, b_step, depth, out, to + j, out_row, more)
     for j in range(wide, columns, LANES):
         _narrow(a, from_, a_row, a_step, rows, b, at + j, b_step, depth, out, to + j, out_row, more)
+
+
+@intrinsic
+def _transpose_block(typingctx, x, start, x_row, out, to, out_row):
+    """HALF x HALF numbers, those that are 2^k rows apart changing places in step k."""
+
+    def codegen(context, builder, signature, arguments):
+        x, start, x_row, out, to, out_row = arguments
+        kinds = signature.args
+        vector = ir.VectorType(context.get_value_type(kinds[0].dtype), HALF)
+        size = kinds[0].dtype.bitwidth // 8
+
+        def place(kind, array, start, row, i):
+            index = builder.add(start, builder.mul(ir.Constant(start.type, i), row))
+            return builder.bitcast(address(context, builder, kind, array, index), vector.as_pointer())
+
+        def picked(a, b, places):
+            return builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(ir.IntType(32), HALF), places))
+
+        rows = [builder.load(place(kinds[0], x, start, x_row, i)) for i in range(HALF)]
+        for row in rows:
+            row.align = size
+        step = 1
+        while step < HALF:
+            for i in range(HALF):
+                if not i & step:
+                    a, b = rows[i], rows[i + step]
+                    rows[i] = picked(a, b, [HALF + j - step if j & step else j for j in range(HALF)])
+                    rows[i + step] = picked(a, b, [HALF + j if j & step else j + step for j in range(HALF)])
+            step *= 2
+        for i, row in enumerate(rows):
+            builder.store(row, place(kinds[3], out, to, out_row, i)).align = size
+
+    size = types.intp
+    return types.void(x, size, size, out, size, size), codegen
+
+
+@borrower
+def transpose(x, rows, columns, out, to):
+    """x [rows, columns] as [columns, rows] to out[to:]; both are multiples of HALF."""
+    for i in range(0, rows, HALF):
+        for j in range(0, columns, HALF):
+            _transpose_block(x, i * columns + j, columns, out, to + j * rows + i, rows)

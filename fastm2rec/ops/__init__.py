@@ -21,6 +21,7 @@ from ._filtered_last_scan import filtered_last_scan
 from ._gated_fusion import gated_fusion
 from ._last_scan import last_scan
 from ._last_state import last_state
+from ._output_ffn import output_ffn
 from ._selective_scan import selective_scan
 from ._spectral_projection import FFT_COLUMNS, spectral_projection, spectral_projection_fft
 
@@ -35,6 +36,7 @@ __all__ = [
     "gated_fusion",
     "last_scan",
     "last_state",
+    "output_ffn",
     "selective_scan",
     "spectral_projection",
     "spectral_projection_fft",
