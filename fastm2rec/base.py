@@ -113,13 +113,14 @@ class SequentialRecommender(nn.Module):
                 raise ValueError(
                     f"item_ids: expected ids from 1 to {self.n_items} (0 is padding), got {low if low < 0 else high}"
                 )
-            slots = torch.arange(item_ids.shape[1], device=item_ids.device)
-            real = slots < lengths.to(item_ids.device).unsqueeze(1)
-            if low == 0 and not item_ids[real].all():
-                row = int((real & (item_ids == 0)).any(dim=1).nonzero()[0])
-                raise ValueError(
-                    f"item_ids: expected items in the first lengths[{row}] slots of row {row}, got padding"
-                )
+            if low == 0:
+                slots = torch.arange(item_ids.shape[1], device=item_ids.device)
+                unexpected = (slots < lengths.to(item_ids.device).unsqueeze(1)) & (item_ids == 0)
+                if unexpected.any():
+                    row = int(unexpected.any(dim=1).nonzero()[0])
+                    raise ValueError(
+                        f"item_ids: expected items in the first lengths[{row}] slots of row {row}, got padding"
+                    )
         return item_ids.long(), lengths.to(item_ids.device, torch.int64)
 
     def score(self, query: Tensor) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import ops
 from .impl import silu_in_scan
+from .reference.last_scan import slowest_first
 from .reference.mamba import Mamba as ReferenceMamba
 from .reference.positions import take
 from .spectral import SpectralFilter
@@ -114,20 +115,18 @@ class Mamba(ReferenceMamba):
         stride: int,
         impl: str,
     ) -> Tensor:
-        """Convolution, filter, SiLU and scan at the last position, for z [B, E] or None: [B, E].
-
-        The scan skips what a whole tile of channels has forgotten, so it gets them in the order of their decay: that is
-        cheap to do to the weights.
-        """
+        """Convolution, filter, SiLU and scan at the last position, for z [B, E] or None: [B, E]."""
         A = self._state_matrix()
-        order = (F.softplus(self.dt_proj.bias) * A.abs().amin(1)).detach().argsort()
         x_proj, dt_proj, dt_bias = self.x_proj.weight, self.dt_proj.weight, self.dt_proj.bias
         if filter is not None and inner and filter.multiplies(x.shape[1]):
             basis, gain = filter.columns(x, lengths)
             return ops.filtered_last_scan(
                 x, lengths, basis, gain, *self._input_weights(None), x_proj, dt_proj, dt_bias, A, self.D, z, stride,
-                order, impl=impl,
+                impl=impl,
             )  # fmt: skip
+        # The scan skips what a whole tile of channels has forgotten, so it gets them in the order of their decay: that
+        # is cheap to do to the weights.
+        order = slowest_first(A, dt_bias)
         p = self._convolved(x, lengths, filter, inner, None, impl, order)
         return ops.last_scan(p, x_proj, dt_proj, dt_bias, A, self.D, z, lengths, stride, order, impl=impl)
 

@@ -85,15 +85,16 @@ class Layer(nn.Module):
         return self.ffn(self.norm(y + x if self.residual else y))
 
     def _is_plain(self) -> bool:
-        """Are the modules behind the scan those that were built, so that one op may stand for them?"""
-        ffn = self.ffn
-        linear = self.mamba.out_proj, ffn.fc1, ffn.fc2
-        norms, dropouts = (self.norm, ffn.norm), (self.dropout, ffn.dropout)
+        """Are the modules behind the scan as they were built, so that one op may stand for them?"""
+        ffn, norms, dropouts = self.ffn, (self.norm, self.ffn.norm), (self.dropout, self.ffn.dropout)
         return (
-            all(is_plain(module, nn.Linear) for module in linear)
-            and all(is_plain(module, nn.LayerNorm) for module in norms)
-            and all(is_plain(module, nn.Dropout) for module in dropouts)
-            and is_plain(ffn, FeedForward)
+            is_plain(ffn, FeedForward)
+            and all(is_plain(module, nn.Linear) for module in (self.mamba.out_proj, ffn.fc1, ffn.fc2))
+            and all(is_plain(norm, nn.LayerNorm) and norm.bias is not None for norm in norms)
+            and all(is_plain(dropout, nn.Dropout) for dropout in dropouts)
+            and norms[0].eps == norms[1].eps
+            and dropouts[0].p == dropouts[1].p
+            and dropouts[0].training == dropouts[1].training
         )
 
     def _output(self, y: Tensor, x: Tensor, impl: str) -> Tensor:
@@ -113,14 +114,16 @@ class Layer(nn.Module):
             ffn.norm.weight,
             ffn.norm.bias,
             norm.eps,
-            self.dropout.p if self.training else 0.0,
+            self.dropout.p if self.dropout.training else 0.0,
             impl=impl,
         )
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Is it of that very class and has no hook? What was put in its place, or hooked on to it, has work to do."""
-    return type(module) is kind and not (module._forward_hooks or module._forward_pre_hooks)
+    return type(module) is kind and not (
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 class M2RecEncoder(nn.Module):
@@ -267,7 +270,7 @@ class Fusion(nn.Module):
         projected, rows = None, None
         if text is not None:
             if len(ids) < len(text):  # T is wide: the fewer rows are projected
-                projected = self.text_proj(text[ids])
+                projected = self.text_proj(text.index_select(0, ids))
             else:
                 projected, rows = self.text_proj(text), ids
         context = self.gate == "context"

@@ -32,7 +32,7 @@ class SpectralFilter(nn.Module):
         self.tau = config.tau
         self.spectrum = config.spectrum
         self._theta = config.theta
-        self._kept: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor]] = {}
+        self._kept: dict[tuple[int, torch.dtype, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
         if config.mask != "hard":
             share = 2 * config.theta
             self.theta_logit = nn.Parameter(torch.tensor(math.log(share / (1 - share))))
@@ -98,8 +98,8 @@ class SpectralFilter(nn.Module):
         if self.spectrum == "valid":
             basis, frequencies = self._basis(lengths, x.shape[1], dtype)
             return basis, mask_gain(frequencies, self.theta, self.mask, self.tau)
-        basis, frequencies = self._padded_basis(x.shape[1], dtype, x.device)
-        return basis, mask_gain(frequencies, self.theta, self.mask, self.tau)
+        basis, frequencies, gain = self._padded_basis(x.shape[1], dtype, x.device)
+        return basis, gain if self.mask == "hard" else mask_gain(frequencies, self.theta, self.mask, self.tau)
 
     def _basis(self, lengths: Tensor, seqlen: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """One basis [L, R] for each of `lengths`, and the frequencies of its columns [R]."""
@@ -107,13 +107,13 @@ class SpectralFilter(nn.Module):
         basis = row_basis(lengths, seqlen, columns, self.kind, dtype)
         return basis, column_frequencies(lengths, columns, self.kind, dtype)
 
-    def _padded_basis(self, seqlen: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The basis over all L slots and the frequencies of its columns; they are made once."""
+    def _padded_basis(self, seqlen: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """The basis over all L slots, the frequencies of its columns and their hard gain; they are made once."""
 
-        def make() -> tuple[Tensor, Tensor]:
+        def make() -> tuple[Tensor, Tensor, Tensor]:
             lengths = torch.full((1,), seqlen, dtype=torch.int64, device=device)
             basis, frequencies = self._basis(lengths, seqlen, dtype)
-            return basis[0], frequencies[0]
+            return basis[0], frequencies[0], mask_gain(frequencies[0], self._theta, "hard", self.tau)
 
         key = (seqlen, dtype, device)
         if torch.compiler.is_compiling() or key in self._kept:

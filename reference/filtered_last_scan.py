@@ -30,14 +30,10 @@ def filtered_last_scan(
     D: Tensor,
     z: Tensor | None,
     stride: int = 1,
-    order: Tensor | None = None,
     *,
     project: Callable[..., Tensor] = spectral_projection,
     scan: Callable[..., Tensor] = last_scan,
 ) -> Tensor:
-    """y [B, E] in x's dtype; `project` and `scan` compute the two steps.
-
-    The order of the channels, which an implementation may like, changes nothing.
-    """
+    """y [B, E] in x's dtype; `project` and `scan` compute the two steps."""
     p = project(x, basis, mask, weight, bias, conv_weight=conv_weight, conv_bias=conv_bias, conv_first=True)
     return scan(p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z, lengths, stride)

@@ -21,6 +21,12 @@ from .last_state import last_state
 from .selective_scan import compute_dtype
 
 
+def slowest_first(A: Tensor, dt_proj_bias: Tensor | None) -> Tensor:
+    """The channels in the order of their decay [E]: A [E, N] and dt_proj_bias [E], or None, as of `last_scan`."""
+    rates = A.detach().amax(1)  # negative
+    return (rates if dt_proj_bias is None else rates * F.softplus(dt_proj_bias.detach())).argsort(descending=True)
+
+
 def last_scan(
     p: Tensor,
     x_proj_weight: Tensor,

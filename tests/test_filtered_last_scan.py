@@ -26,7 +26,7 @@ NAMES = (
 
 
 def _inputs(seqlen: int, dim: int = 32, *, dstate: int = 3, optional: bool = True) -> list[Any]:
-    """All but basis, lengths, stride and order, in the order of NAMES; step sizes about 0.1."""
+    """All but basis, lengths and stride, in the order of NAMES; step sizes about 0.1."""
     batch, columns, dt_rank = 5, 2 * int(0.1 * seqlen) + 1, 3
     r = torch.randn
     return [
@@ -46,28 +46,27 @@ def _lengths(seqlen: int) -> Tensor:
     return torch.tensor([seqlen, 1, max(1, seqlen // 2), max(1, seqlen - 1), min(3, seqlen)])
 
 
-def _call(function: Any, basis: Tensor, lengths: Tensor, stride: int, order: Tensor | None, *values: Any) -> Tensor:
+def _call(function: Any, basis: Tensor, lengths: Tensor, stride: int, *values: Any) -> Tensor:
     x, *rest = values
-    return function(x, lengths, basis.to(x.dtype), *rest, stride, order)
+    return function(x, lengths, basis.to(x.dtype), *rest, stride)
 
 
 @pytest.mark.usefixtures("nan_filled")
 @pytest.mark.parametrize(
-    ("seqlen", "dim", "stride", "ordered", "optional", "kind"),
+    ("seqlen", "dim", "stride", "optional", "kind"),
     [
-        (50, 64, 1, True, True, "fourier"),
-        (51, 32, 2, False, True, "fourier"),
-        (200, 32, 1, True, False, "fourier"),
-        (201, 32, 3, True, True, "fourier"),
-        (7, 32, 1, False, True, "fourier"),
-        (50, 32, 1, True, True, "dct"),
-        (50, 20, 1, True, True, "fourier"),
+        (50, 64, 1, True, "fourier"),
+        (51, 32, 2, True, "fourier"),
+        (200, 32, 1, False, "fourier"),
+        (201, 32, 3, True, "fourier"),
+        (7, 32, 1, True, "fourier"),
+        (50, 32, 1, True, "dct"),
+        (50, 20, 1, True, "fourier"),
     ],
 )
-def test_values_and_gradients(seqlen: int, dim: int, stride: int, ordered: bool, optional: bool, kind: str) -> None:
-    order = torch.randperm(dim) if ordered else None
+def test_values_and_gradients(seqlen: int, dim: int, stride: int, optional: bool, kind: str) -> None:
     inputs, dy = _inputs(seqlen, dim, optional=optional), torch.randn(5, dim)
-    arguments = (_basis(seqlen, kind), _lengths(seqlen), stride, order)
+    arguments = (_basis(seqlen, kind), _lengths(seqlen), stride)
     got, plain = (gradients(partial(_call, f, *arguments), inputs, dy) for f in (filtered_last_scan, reference))
     double = cast(inputs, torch.float64)
     close, exact = (gradients(partial(_call, f, *arguments), double, dy) for f in (filtered_last_scan, reference))
@@ -87,7 +86,7 @@ def test_nothing_as_large_as_the_convolution_is_made() -> None:
         return x
 
     with saved_tensors_hooks(look, lambda x: x):
-        y = _call(filtered_last_scan, _basis(200), _lengths(200), 1, None, *inputs)
+        y = _call(filtered_last_scan, _basis(200), _lengths(200), 1, *inputs)
     y.sum().backward()
     assert kept
     assert max(kept) < 5 * 200 * 64
@@ -95,27 +94,27 @@ def test_nothing_as_large_as_the_convolution_is_made() -> None:
 
 def test_a_row_does_not_depend_on_its_neighbours_or_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
     inputs, basis, lengths, dy = _inputs(50), _basis(50), _lengths(50), torch.randn(5, 32)
-    expected = gradients(partial(_call, filtered_last_scan, basis, lengths, 1, None), inputs, dy)
+    expected = gradients(partial(_call, filtered_last_scan, basis, lengths, 1), inputs, dy)
     before = torch.get_num_threads()
     monkeypatch.setattr(engine, "SLICE", 1)
     try:
         torch.set_num_threads(3)
-        got = gradients(partial(_call, filtered_last_scan, basis, lengths, 1, None), inputs, dy)
+        got = gradients(partial(_call, filtered_last_scan, basis, lengths, 1), inputs, dy)
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     single = [inputs[0][3:4], *inputs[1:-1], inputs[-1][3:4]]
-    y, dx, *_ = gradients(partial(_call, filtered_last_scan, basis, lengths[3:4], 1, None), single, dy[3:4])
+    y, dx, *_ = gradients(partial(_call, filtered_last_scan, basis, lengths[3:4], 1), single, dy[3:4])
     assert torch.equal(y[0], expected[0][3])
     assert torch.equal(dx[0], expected[1][3])
 
 
 def test_a_length_that_nobody_checked() -> None:
     inputs, basis, lengths, dy = _inputs(50), _basis(50), _lengths(50), torch.randn(5, 32)
-    y, dx, *_ = gradients(partial(_call, filtered_last_scan, basis, lengths, 1, None), inputs, dy)
+    y, dx, *_ = gradients(partial(_call, filtered_last_scan, basis, lengths, 1), inputs, dy)
     for wrong in (0, -3, 51, 2**40):
         lengths[1] = wrong
-        bad_y, bad_dx, *_ = gradients(partial(_call, filtered_last_scan, basis, lengths, 1, None), inputs, dy)
+        bad_y, bad_dx, *_ = gradients(partial(_call, filtered_last_scan, basis, lengths, 1), inputs, dy)
         assert bad_y[1].isnan().all()
         assert bad_dx[1].isnan().all()
         assert torch.equal(bad_y[2], y[2])
@@ -124,17 +123,17 @@ def test_a_length_that_nobody_checked() -> None:
 
 def test_without_gradients_nothing_is_kept() -> None:
     inputs, basis, lengths = _inputs(50), _basis(50), _lengths(50)
-    expected = gradients(partial(_call, filtered_last_scan, basis, lengths, 1, None), inputs, torch.randn(5, 32))[0]
-    y = _call(filtered_last_scan, basis, lengths, 1, None, *inputs)
+    expected = gradients(partial(_call, filtered_last_scan, basis, lengths, 1), inputs, torch.randn(5, 32))[0]
+    y = _call(filtered_last_scan, basis, lengths, 1, *inputs)
     assert torch.equal(y, expected)
     assert not y.requires_grad
     with torch.inference_mode():
-        assert torch.equal(_call(filtered_last_scan, basis, lengths, 1, None, *inputs), expected)
+        assert torch.equal(_call(filtered_last_scan, basis, lengths, 1, *inputs), expected)
 
 
 def test_only_the_gradients_that_are_asked_for() -> None:
     inputs, dy = _inputs(50), torch.randn(5, 32)
-    call = partial(_call, filtered_last_scan, _basis(50), _lengths(50), 1, torch.randperm(32))
+    call = partial(_call, filtered_last_scan, _basis(50), _lengths(50), 1)
     whole = gradients(call, inputs, dy)[1:]
     for i, gradient in enumerate(whole):
         leaves = [value.detach().requires_grad_(i == j) for j, value in enumerate(inputs)]
@@ -145,7 +144,7 @@ def test_only_the_gradients_that_are_asked_for() -> None:
 
 def test_autocast_and_mixed_dtypes_are_the_two_ops_in_turn() -> None:
     inputs = _inputs(50)
-    call = partial(_call, filtered_last_scan, _basis(50), _lengths(50), 1, None)
+    call = partial(_call, filtered_last_scan, _basis(50), _lengths(50), 1)
     expected = call(*inputs)
     with torch.autocast("cpu", torch.bfloat16):
         low = call(*inputs)
@@ -158,7 +157,7 @@ def test_autocast_and_mixed_dtypes_are_the_two_ops_in_turn() -> None:
 
 def test_a_gradient_of_the_gradient_is_refused() -> None:
     inputs = [value.requires_grad_() for value in _inputs(20)]
-    y = _call(filtered_last_scan, _basis(20), _lengths(20), 1, None, *inputs)
+    y = _call(filtered_last_scan, _basis(20), _lengths(20), 1, *inputs)
     (dx,) = torch.autograd.grad(y.square().sum(), inputs[0], create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         dx.sum().backward()

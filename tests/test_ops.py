@@ -20,6 +20,7 @@ OPS = (
     "filtered_last_scan",
     "last_state",
     "gated_fusion",
+    "output_ffn",
 )
 
 
@@ -50,6 +51,11 @@ def _arguments(op: str) -> dict[str, Any]:
         },
         "gated_fusion": {
             "h": r(B, D), "text": r(B, D), "alpha": r(()), "beta": r(D), "weight": r(D, D), "bias": r(D),
+        },
+        "output_ffn": {
+            "y": r(B, E), "residual": r(B, D), "out_weight": r(D, E), "out_bias": r(D), "norm_weight": r(D),
+            "norm_bias": r(D), "fc1_weight": r(7, D), "fc1_bias": r(7), "fc2_weight": r(D, 7), "fc2_bias": r(D),
+            "last_weight": r(D), "last_bias": r(D),
         },
     }  # fmt: skip
     return arguments[op]
@@ -140,9 +146,8 @@ def test_other_misfits() -> None:
         ops.spectral_projection(**{**_arguments("spectral_projection"), "weight": None})
 
 
-@pytest.mark.parametrize("op", ["last_scan", "filtered_last_scan"])
-def test_the_order_of_the_channels(op: str) -> None:
-    arguments, function = _arguments(op), getattr(ops, op)
+def test_the_order_of_the_channels() -> None:
+    arguments, function = _arguments("last_scan"), ops.last_scan
     function(**arguments, order=torch.arange(E).flip(0))
     for wrong, message in (
         (torch.zeros(E, dtype=torch.int64), f"^order: expected each of 0 to {E - 1} once, got 1 numbers from 0 to 0"),
@@ -153,6 +158,12 @@ def test_the_order_of_the_channels(op: str) -> None:
     ):
         with pytest.raises((TypeError, ValueError), match=message):
             function(**arguments, order=wrong)
+
+
+@pytest.mark.parametrize("wrong", [-0.1, 1.0])
+def test_a_dropout_that_is_no_probability(wrong: float) -> None:
+    with pytest.raises(ValueError, match=rf"^dropout: expected a probability in \[0, 1\), got {wrong}"):
+        ops.output_ffn(**_arguments("output_ffn"), dropout=wrong)
 
 
 def test_the_gates_table_and_its_ids() -> None:

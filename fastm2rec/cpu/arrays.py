@@ -16,7 +16,7 @@ def as_flat(x: Tensor | None, dtype: torch.dtype) -> np.ndarray:
     """As a flat contiguous array; None as an empty one."""
     if x is None:
         return torch.empty(0, dtype=dtype).numpy()
-    x = x.detach()  # the checks are quicker than the calls that they save
+    x = x.detach() if x.requires_grad else x  # the checks are quicker than the calls that they save
     x = x if x.dtype == dtype else x.to(dtype)
     x = x if x.is_contiguous() else x.contiguous()
     return x.numpy().reshape(-1)

@@ -1,5 +1,8 @@
 """`filtered_last_scan` on the CPU: the filter's coefficients go to the scan, which makes each row of them itself.
 
+The scan skips what a whole tile of channels has forgotten, so it gets them in the order of their decay; that is done to
+the weights.
+
 With V the basis, e_k the last positions' unit vectors and S what the convolution does to frequencies
 (`fourier_kernels.py`):
 
@@ -18,7 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..reference.last_scan import slowest_first
 from . import fourier_conv
+from .arrays import as_flat
 from .last_scan import last_scan, launch_backward, launch_forward, pack
 from .products import Products, launch_contract, launch_expand, whole_lanes
 from .spectral_projection import fourier_products, spectral_projection
@@ -40,7 +45,6 @@ def filtered_last_scan(
     D: Tensor,
     z: Tensor | None,
     stride: int = 1,
-    order: Tensor | None = None,
 ) -> Tensor:
     """As `fastm2rec.reference.filtered_last_scan.filtered_last_scan`.
 
@@ -56,46 +60,40 @@ def filtered_last_scan(
         if alike and not torch.is_autocast_enabled("cpu"):
             products = fourier_products(basis, conv_weight, x.dtype)
     if products is not None:
-        return _FilteredLastScan.apply(products, basis, lengths, stride, order, *tensors)
-    if order is not None:
-        weight, conv_weight = weight[order], conv_weight[order]
-        bias, conv_bias = (None if b is None else b[order] for b in (bias, conv_bias))
+        return _FilteredLastScan.apply(products, basis, lengths, stride, *tensors)
+    order = slowest_first(A, dt_proj_bias)
+    weight, conv_weight = weight[order], conv_weight[order]
+    bias, conv_bias = (None if b is None else b[order] for b in (bias, conv_bias))
     p = spectral_projection(x, basis, mask, weight, bias, conv_weight=conv_weight, conv_bias=conv_bias, conv_first=True)
     return last_scan(p, x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z, lengths, stride, order)
 
 
-def _taken(x: Any, order: Tensor | None) -> Any:
+def _taken(x: Any, order: Tensor) -> Any:
     """A tensor's channels in an order; None stays None."""
-    return x if x is None or order is None else x[order]
+    return None if x is None else x.index_select(0, order)
 
 
-def _put_back(x: Any, order: Tensor | None) -> Any:
+def _put_back(x: Any, order: Tensor) -> Any:
     """The other way."""
-    if x is None or order is None:
-        return x
-    found = torch.empty_like(x)
-    found[order] = x
-    return found
+    return None if x is None else torch.empty_like(x).index_copy_(0, order, x)
 
 
 class _FilteredLastScan(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, products: Products, basis: Tensor, lengths: Tensor, stride: int, order: Tensor | None, x: Tensor,
-        mask: Tensor | None, weight: Tensor, bias: Tensor | None, conv_weight: Tensor, conv_bias: Tensor | None,
-        x_proj: Tensor, dt_proj: Tensor, dt_bias: Tensor | None, A: Tensor, D: Tensor, z: Tensor | None,
+        ctx: Any, products: Products, basis: Tensor, lengths: Tensor, stride: int, x: Tensor, mask: Tensor | None,
+        weight: Tensor, bias: Tensor | None, conv_weight: Tensor, conv_bias: Tensor | None, x_proj: Tensor,
+        dt_proj: Tensor, dt_bias: Tensor | None, A: Tensor, D: Tensor, z: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        if mask is not None and not mask.requires_grad and bool((mask == 1).all()):
+        if mask is not None and not mask.requires_grad and (as_flat(mask, x.dtype) == 1).all():
             mask = None  # of a hard mask, whose other columns the basis does not have
-        extra = conv_weight.shape[1] - 1
+        extra, order = conv_weight.shape[1] - 1, slowest_first(A, dt_bias)
         w, bias, conv_weight, conv_bias = (_taken(t, order) for t in (weight, bias, conv_weight, conv_bias))
         e = launch_contract(whole_lanes(x), basis, products, extra)[..., : x.shape[2]]
         h = F.linear(e, w)
         if bias is not None:
             h += _ones(basis, extra)[:, None] * bias
-        c = fourier_conv.launch_forward(h, conv_weight, basis)
-        if conv_bias is not None:
-            c += basis.sum(dim=0)[:, None] * conv_bias
+        c = fourier_conv.launch_forward(h, conv_weight, conv_bias, basis)
         m = c if mask is None else c * mask[:, None]
         packed = pack(x_proj, dt_proj, dt_bias, A, D, x.dtype, order)
         keep = any(ctx.needs_input_grad)
@@ -116,14 +114,13 @@ class _FilteredLastScan(torch.autograd.Function):
         )
         dmask = None if c is None else torch.einsum("bre,bre->r", dm, c)
         dc = dm if mask is None else dm * mask[:, None]
-        dconv_bias = basis.sum(dim=0) @ dc.sum(dim=0) if has_conv_bias else None
-        dh, dconv = fourier_conv.launch_backward(dc, h, conv_weight, basis)
+        dh, dconv, dconv_bias = fourier_conv.launch_backward(dc, h, conv_weight, has_conv_bias, basis)
         dbias = _ones(basis, extra) @ dh.sum(dim=0) if has_bias else None
         dweight = dh.flatten(0, 1).mT @ e.flatten(0, 1)
         dx = launch_expand(whole_lanes(dh @ weight), basis, products, extra)[..., : weight.shape[1]]
         put_back = [_put_back(t, order) for t in (dweight, dbias, dconv, dconv_bias)]
         scanned = (dx_proj, ddt_proj, ddt_bias if has_dt_bias else None, dA, dD, None if z is None else dz)
-        return None, None, None, None, None, dx, dmask, *put_back, *scanned
+        return None, None, None, None, dx, dmask, *put_back, *scanned
 
 
 def _ones(basis: Tensor, extra: int) -> Tensor:

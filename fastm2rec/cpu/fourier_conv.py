@@ -15,37 +15,34 @@ ROWS = 64  # of the batch: about a tenth of a millisecond
 
 
 @functools.lru_cache(maxsize=16)
-def _angles(seqlen: int, columns: int, width: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin of j theta_k, [frequencies, width], in the order of the taps."""
-    with torch.inference_mode(False):  # they are kept, and may be used for training
+def _response(seqlen: int, columns: int, width: int, dtype: torch.dtype) -> Tensor:
+    """What makes H, G and the taps, w_0 first, of the taps in the order of the weights: [2 frequencies + width, width].
+
+    cos and sin of j theta_k, and a unit matrix turned round.
+    """
+    with torch.inference_mode(False):  # it is kept, and may be used for training
         j = torch.arange(width - 1, -1, -1)
         angle = (2 * math.pi / seqlen) * ((torch.arange(columns // 2 + 1)[:, None] * j) % seqlen).to(dtype)
-        return angle.cos(), angle.sin()
+        return torch.cat([angle.cos(), angle.sin(), torch.eye(width, dtype=dtype).flip(0)])
 
 
-def _response(conv_weight: Tensor, seqlen: int, columns: int) -> tuple[Tensor, Tensor, Tensor]:
-    """`_angles`; and the taps [width, E], w_0 first."""
-    return *_angles(seqlen, columns, conv_weight.shape[1], conv_weight.dtype), conv_weight.t().flip(0)
-
-
-def launch_forward(x: Tensor, conv_weight: Tensor, basis: Tensor) -> Tensor:
-    """`convolved_bins` without its gradient."""
+def launch_forward(x: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, basis: Tensor) -> Tensor:
+    """`convolved_bins` without its gradient, of a convolution with a bias or without."""
     from . import fourier_kernels as kernels
 
     dtype, (batch, _, dim), (dim_out, width) = x.dtype, x.shape, conv_weight.shape
     columns = basis.shape[1]
-    cos, sin, taps = _response(conv_weight, basis.shape[0], columns)
+    response = _response(basis.shape[0], columns, width, dtype) @ conv_weight.t()
     out = torch.empty(batch, columns, dim_out, dtype=dtype)
-    arrays = [
-        as_flat(t, dtype) for t in (x, cos @ conv_weight.t(), sin @ conv_weight.t(), taps, basis[: width - 1], out)
-    ]
+    offsets = None if conv_bias is None else basis.sum(dim=0)
+    arrays = [as_flat(t, dtype) for t in (x, response, conv_bias, offsets, basis[: width - 1], out)]
     run(kernels.forward, (*arrays, columns, width, dim), batch, ROWS, width * 64, dtype)
     return out
 
 
 @torch.library.custom_op("fastm2rec::cpu_fourier_conv", mutates_args=(), device_types="cpu")
 def _forward_op(x: Tensor, conv_weight: Tensor, basis: Tensor) -> Tensor:
-    return launch_forward(x, conv_weight, basis)
+    return launch_forward(x, conv_weight, None, basis)
 
 
 @_forward_op.register_fake
@@ -53,27 +50,29 @@ def _(x, conv_weight, basis):
     return x.new_empty(x.shape[0], basis.shape[1], x.shape[2])
 
 
-def launch_backward(dout: Tensor, x: Tensor, conv_weight: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients of x and of conv_weight."""
+def launch_backward(
+    dout: Tensor, x: Tensor, conv_weight: Tensor, has_bias: bool, basis: Tensor
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients of x, of conv_weight and of the convolution's bias, where it has one."""
     from . import fourier_kernels as kernels
 
     dtype, (batch, _, dim), width = x.dtype, x.shape, conv_weight.shape[1]
     columns = basis.shape[1]
-    groups, frequencies = -(-batch // kernels.GROUP), columns // 2 + 1
-    cos, sin, taps = _response(conv_weight, basis.shape[0], columns)
+    groups, response = -(-batch // kernels.GROUP), _response(basis.shape[0], columns, width, dtype)
+    offsets = basis.sum(dim=0) if has_bias else None
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    dH, dG = torch.empty(2, groups, frequencies, dim, dtype=dtype)
-    dtaps = torch.empty(groups, width, dim, dtype=dtype)
-    inputs = (x, dout, cos @ conv_weight.t(), sin @ conv_weight.t(), taps, basis[: width - 1])
-    arrays = [as_flat(t, dtype) for t in (*inputs, dx, dH, dG, dtaps)]
+    sums = torch.empty(groups, len(response) + has_bias, dim, dtype=dtype)
+    inputs = (x, dout, response @ conv_weight.t(), offsets, basis[: width - 1])
+    arrays = [as_flat(t, dtype) for t in (*inputs, dx, sums)]
     run(kernels.backward, (*arrays, batch, columns, width, dim), groups, ROWS // kernels.GROUP, width * 64, dtype)
-    dw = dH.sum(0).t() @ cos + dG.sum(0).t() @ sin + dtaps.sum(0).flip(0).t()
-    return dx, dw
+    total = sums.sum(0)
+    return dx, total[: len(response)].t() @ response, total[-1] if has_bias else None
 
 
 @torch.library.custom_op("fastm2rec::cpu_fourier_conv_backward", mutates_args=(), device_types="cpu")
 def _backward_op(dout: Tensor, x: Tensor, conv_weight: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    return launch_backward(dout, x, conv_weight, basis)
+    dx, dw, _ = launch_backward(dout, x, conv_weight, False, basis)
+    return dx, dw
 
 
 @_backward_op.register_fake

@@ -78,7 +78,7 @@ def launch_forward(
     dtype, sizes = packed.dtype, packed.sizes
     basis = as_arrays(products, dim, dtype)
     y = torch.empty(batch, dim, dtype=dtype)
-    low_rank = torch.zeros(_low_rank_shape(batch, seqlen, *sizes[1:], stride, keep), dtype=dtype)
+    low_rank = torch.empty(_low_rank_shape(batch, seqlen, *sizes[1:], stride, keep), dtype=dtype)
     arrays = (as_flat(p, dtype), basis, as_flat(lengths, torch.int64), *(as_flat(x, dtype) for x in (z, y, low_rank)))
     arguments = (*arrays, packed.order, packed.weights, packed.transposed, seqlen, *sizes, stride, z is not None)
     size = kernels.forward_scratch(basis, *sizes)

@@ -60,7 +60,7 @@ def forward(
 
     p is [batch, seqlen, dim] or, where the products have columns, [batch, kept, dim].
     Channel e of p is channel order[e] of z and y. Delta and B of each position, the last one first, go to `low_rank`
-    [batch, ceil(seqlen / stride), dt_rank + dstate], unless that is empty; what was forgotten is left out.
+    [batch, ceil(seqlen / stride), dt_rank + dstate], unless that is empty; 0 for what was forgotten.
     """
     wide = padded(dim)
     w = as_weights(weights, dim, dstate, dt_rank)
@@ -72,9 +72,10 @@ def forward(
     scan = as_scan(scratch[(products.seqlen + products.columns) * dim :], dim, dstate, dt_rank)
     kept, columns, slots = dt_rank + dstate, padded(dt_rank + dstate), (seqlen + stride - 1) // stride
     for b in range(first, last):
-        length = lengths[b]
+        length, left_out = lengths[b], b * slots * kept
         if length < 1 or length > seqlen:
             fill(y, b * dim, (b + 1) * dim, np.nan)
+            fill(low_rank, left_out, min(left_out + slots * kept, low_rank.size), 0)
             continue
         if filtered:
             expand_row(p, b * products.kept * dim, products, 0, bins, row, 0)
@@ -92,7 +93,9 @@ def forward(
             if low_rank.size > 0:
                 for i in range(rows):
                     for j in range(kept):
-                        low_rank[(b * slots + k + i) * kept + j] = scan.projected[i * columns + j]
+                        low_rank[left_out] = scan.projected[i * columns + j]
+                        left_out += 1
+        fill(low_rank, left_out, min((b + 1) * slots * kept, low_rank.size), 0)
         scanned(scan, wide, value, 0)
         fill(gate, 0, wide, 1)
         if has_z:

@@ -44,7 +44,7 @@ class _OutputFFN(torch.autograd.Function):
     def backward(ctx: Any, dout: Tensor) -> tuple[Any, ...]:
         from . import output_ffn_kernels as kernels
 
-        y, residual, *parameters = ctx.saved_tensors  # unchanged since, or this raises
+        _, residual, *parameters = ctx.saved_tensors  # unchanged since, or this raises
         y_array, arrays, kept, dropout, sizes = ctx.rest
         (batch, inner, dim, hidden), dtype = sizes, dout.dtype
         dy = torch.empty(batch, inner, dtype=dtype)
@@ -63,10 +63,11 @@ class _OutputFFN(torch.autograd.Function):
             run(kernels.weights, (y_array, kept, slopes, *into, sizes), units, grain, 0, dtype)
         summed = dvectors.sum(0).split([dim] * kernels.VECTORS + [hidden])
         dnorm, dnorm_bias, dlast, dlast_bias, dout_bias, dfc2_bias, dfc1_bias = summed
-        return (
-            None, None, None, dy, dresidual, dout_weight, None if parameters[1] is None else dout_bias, dnorm,
-            dnorm_bias, dfc1, dfc1_bias, dfc2, dfc2_bias, dlast, dlast_bias,
+        gradients = (
+            dout_weight, dout_bias, dnorm, dnorm_bias, dfc1, dfc1_bias, dfc2, dfc2_bias, dlast, dlast_bias
         )  # fmt: skip
+        present = (None if x is None else dx for x, dx in zip(parameters, gradients, strict=True))
+        return None, None, None, dy, dresidual, *present
 
 
 def _run(kernel: Any, arguments: tuple[Any, ...], sizes: Any, dtype: torch.dtype) -> None:
@@ -85,9 +86,9 @@ def output_ffn(
     norm_weight: Tensor,
     norm_bias: Tensor,
     fc1_weight: Tensor,
-    fc1_bias: Tensor,
+    fc1_bias: Tensor | None,
     fc2_weight: Tensor,
-    fc2_bias: Tensor,
+    fc2_bias: Tensor | None,
     last_weight: Tensor,
     last_bias: Tensor,
     eps: float,

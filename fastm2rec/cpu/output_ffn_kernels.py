@@ -51,10 +51,10 @@ class Parameters(NamedTuple):
     norm_weight: np.ndarray  # [D], and the next
     norm_bias: np.ndarray
     fc1_weight: np.ndarray  # [H, D]
-    fc1_bias: np.ndarray  # [H]
+    fc1_bias: np.ndarray  # [H], or none
     fc2_weight: np.ndarray  # [D, H]
-    fc2_bias: np.ndarray  # [D], and the next two
-    last_weight: np.ndarray
+    fc2_bias: np.ndarray  # [D], or none
+    last_weight: np.ndarray  # [D], and the next
     last_bias: np.ndarray
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..impl import AUTO, resolve
 from ._checks import expect_alike, expect_lengths, expect_shape
-from ._last_scan import expect_order, expect_scan, expect_stride
+from ._last_scan import expect_scan, expect_stride
 
 
 def filtered_last_scan(
@@ -26,7 +26,6 @@ def filtered_last_scan(
     D: Tensor,
     z: Tensor | None,
     stride: int = 1,
-    order: Tensor | None = None,
     *,
     impl: str = AUTO,
 ) -> Tensor:
@@ -41,8 +40,6 @@ def filtered_last_scan(
         basis, mask, weight, bias, conv_weight, conv_bias: as of `spectral_projection` with `conv_first`; basis [L, R]
             or [B, L, R], mask [R] or [B, R] or None, weight [E, C], conv_weight [E, width], biases [E] or None.
         x_proj_weight, dt_proj_weight, dt_proj_bias, A, D, z, stride: as of `last_scan`.
-        order: [E] int64, a permutation: the order in which the channels are best taken, the slowest to forget first.
-            The result does not depend on it but for roundings. None for their own.
         impl: which implementation.
 
     Returns:
@@ -74,9 +71,8 @@ def filtered_last_scan(
         raise ValueError("x: expected an L of at least 1, got 0")
     expect_stride(stride)
     expect_lengths(lengths, sizes["B"], sizes["L"], x)
-    expect_order(order, x, sizes)
     function = resolve("filtered_last_scan", impl, x.device)
     return function(
         x, lengths, basis, mask, weight, bias, conv_weight, conv_bias, x_proj_weight, dt_proj_weight, dt_proj_bias, A,
-        D, z, stride, order,
+        D, z, stride,
     )  # fmt: skip

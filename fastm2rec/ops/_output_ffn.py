@@ -16,9 +16,9 @@ def output_ffn(
     norm_weight: Tensor,
     norm_bias: Tensor,
     fc1_weight: Tensor,
-    fc1_bias: Tensor,
+    fc1_bias: Tensor | None,
     fc2_weight: Tensor,
-    fc2_bias: Tensor,
+    fc2_bias: Tensor | None,
     last_weight: Tensor,
     last_bias: Tensor,
     eps: float = 1e-5,
@@ -35,7 +35,7 @@ def output_ffn(
         y: [B, E], the scan's output, gated.
         residual: [B, D], the layer's input, or None.
         out_weight: [D, E], as in `torch.nn.Linear`, and so the other weights.
-        out_bias: [D] or None.
+        out_bias: [D] or None, and so the other biases of products.
         norm_weight: [D], and norm_bias [D], of the first LayerNorm.
         fc1_weight: [H, D], and fc1_bias [H].
         fc2_weight: [D, H], and fc2_bias [D].
