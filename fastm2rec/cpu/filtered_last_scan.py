@@ -22,10 +22,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..reference.last_scan import slowest_first
-from . import fourier_conv
+from . import coefficients
 from .arrays import as_flat
 from .last_scan import last_scan, launch_backward, launch_forward, pack
-from .products import Products, launch_contract, launch_expand, whole_lanes
+from .products import Products
 from .spectral_projection import fourier_products, spectral_projection
 
 
@@ -89,11 +89,8 @@ class _FilteredLastScan(torch.autograd.Function):
             mask = None  # of a hard mask, whose other columns the basis does not have
         extra, order = conv_weight.shape[1] - 1, slowest_first(A, dt_bias)
         w, bias, conv_weight, conv_bias = (_taken(t, order) for t in (weight, bias, conv_weight, conv_bias))
-        e = launch_contract(whole_lanes(x), basis, products, extra)[..., : x.shape[2]]
-        h = F.linear(e, w)
-        if bias is not None:
-            h += _ones(basis, extra)[:, None] * bias
-        c = fourier_conv.launch_forward(h, conv_weight, conv_bias, basis)
+        ones = None if bias is None else _ones(basis, extra)
+        e, h, c = coefficients.launch_forward(x, basis, products, w, bias, ones, conv_weight, conv_bias)
         m = c if mask is None else c * mask[:, None]
         packed = pack(x_proj, dt_proj, dt_bias, A, D, x.dtype, order)
         keep = any(ctx.needs_input_grad)
@@ -114,10 +111,11 @@ class _FilteredLastScan(torch.autograd.Function):
         )
         dmask = None if c is None else torch.einsum("bre,bre->r", dm, c)
         dc = dm if mask is None else dm * mask[:, None]
-        dh, dconv, dconv_bias = fourier_conv.launch_backward(dc, h, conv_weight, has_conv_bias, basis)
+        dx, dh, dconv, dconv_bias = coefficients.launch_backward(
+            dc, h, basis, products, weight, conv_weight, has_conv_bias
+        )
         dbias = _ones(basis, extra) @ dh.sum(dim=0) if has_bias else None
-        dweight = dh.flatten(0, 1).mT @ e.flatten(0, 1)
-        dx = launch_expand(whole_lanes(dh @ weight), basis, products, extra)[..., : weight.shape[1]]
+        dweight = (dh.flatten(0, 1).mT @ e.flatten(0, 1))[:, : weight.shape[1]]
         put_back = [_put_back(t, order) for t in (dweight, dbias, dconv, dconv_bias)]
         scanned = (dx_proj, ddt_proj, ddt_bias if has_dt_bias else None, dA, dD, None if z is None else dz)
         return None, None, None, None, dx, dmask, *put_back, *scanned

@@ -15,7 +15,7 @@ ROWS = 64  # of the batch: about a tenth of a millisecond
 
 
 @functools.lru_cache(maxsize=16)
-def _response(seqlen: int, columns: int, width: int, dtype: torch.dtype) -> Tensor:
+def response_of(seqlen: int, columns: int, width: int, dtype: torch.dtype) -> Tensor:
     """What makes H, G and the taps, w_0 first, of the taps in the order of the weights: [2 frequencies + width, width].
 
     cos and sin of j theta_k, and a unit matrix turned round.
@@ -26,23 +26,17 @@ def _response(seqlen: int, columns: int, width: int, dtype: torch.dtype) -> Tens
         return torch.cat([angle.cos(), angle.sin(), torch.eye(width, dtype=dtype).flip(0)])
 
 
-def launch_forward(x: Tensor, conv_weight: Tensor, conv_bias: Tensor | None, basis: Tensor) -> Tensor:
-    """`convolved_bins` without its gradient, of a convolution with a bias or without."""
+@torch.library.custom_op("fastm2rec::cpu_fourier_conv", mutates_args=(), device_types="cpu")
+def _forward_op(x: Tensor, conv_weight: Tensor, basis: Tensor) -> Tensor:
     from . import fourier_kernels as kernels
 
     dtype, (batch, _, dim), (dim_out, width) = x.dtype, x.shape, conv_weight.shape
     columns = basis.shape[1]
-    response = _response(basis.shape[0], columns, width, dtype) @ conv_weight.t()
+    response = response_of(basis.shape[0], columns, width, dtype) @ conv_weight.t()
     out = torch.empty(batch, columns, dim_out, dtype=dtype)
-    offsets = None if conv_bias is None else basis.sum(dim=0)
-    arrays = [as_flat(t, dtype) for t in (x, response, conv_bias, offsets, basis[: width - 1], out)]
+    arrays = [as_flat(t, dtype) for t in (x, response, None, basis[: width - 1], out)]
     run(kernels.forward, (*arrays, columns, width, dim), batch, ROWS, width * 64, dtype)
     return out
-
-
-@torch.library.custom_op("fastm2rec::cpu_fourier_conv", mutates_args=(), device_types="cpu")
-def _forward_op(x: Tensor, conv_weight: Tensor, basis: Tensor) -> Tensor:
-    return launch_forward(x, conv_weight, None, basis)
 
 
 @_forward_op.register_fake
@@ -50,29 +44,19 @@ def _(x, conv_weight, basis):
     return x.new_empty(x.shape[0], basis.shape[1], x.shape[2])
 
 
-def launch_backward(
-    dout: Tensor, x: Tensor, conv_weight: Tensor, has_bias: bool, basis: Tensor
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """The gradients of x, of conv_weight and of the convolution's bias, where it has one."""
+@torch.library.custom_op("fastm2rec::cpu_fourier_conv_backward", mutates_args=(), device_types="cpu")
+def _backward_op(dout: Tensor, x: Tensor, conv_weight: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     from . import fourier_kernels as kernels
 
     dtype, (batch, _, dim), width = x.dtype, x.shape, conv_weight.shape[1]
     columns = basis.shape[1]
-    groups, response = -(-batch // kernels.GROUP), _response(basis.shape[0], columns, width, dtype)
-    offsets = basis.sum(dim=0) if has_bias else None
+    groups, response = -(-batch // kernels.GROUP), response_of(basis.shape[0], columns, width, dtype)
     dx = torch.empty_like(x, memory_format=torch.contiguous_format)
-    sums = torch.empty(groups, len(response) + has_bias, dim, dtype=dtype)
-    inputs = (x, dout, response @ conv_weight.t(), offsets, basis[: width - 1])
+    sums = torch.empty(groups, len(response), dim, dtype=dtype)
+    inputs = (x, dout, response @ conv_weight.t(), None, basis[: width - 1])
     arrays = [as_flat(t, dtype) for t in (*inputs, dx, sums)]
     run(kernels.backward, (*arrays, batch, columns, width, dim), groups, ROWS // kernels.GROUP, width * 64, dtype)
-    total = sums.sum(0)
-    return dx, total[: len(response)].t() @ response, total[-1] if has_bias else None
-
-
-@torch.library.custom_op("fastm2rec::cpu_fourier_conv_backward", mutates_args=(), device_types="cpu")
-def _backward_op(dout: Tensor, x: Tensor, conv_weight: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
-    dx, dw, _ = launch_backward(dout, x, conv_weight, False, basis)
-    return dx, dw
+    return dx, sums.sum(0).t() @ response
 
 
 @_backward_op.register_fake

@@ -20,6 +20,8 @@ multiple of LANES.
 
 from __future__ import annotations
 
+from numba.extending import register_jitable
+
 from .compiler import inline, part
 from .parts import fill
 from .simd import LANES, at, full, load, store
@@ -43,74 +45,94 @@ def _edges(x, start, response, taps, width, dim, c, edges):
         store(edges, i * LANES, value)
 
 
-@sliced
-def forward(first, last, scratch, x, response, bias, offsets, basis, out, columns, width, dim):
-    """out [rows, columns, dim] of the rows from `first` to before `last`; `bias` and `offsets`, V^T 1, or neither."""
-    extra, H, G, taps = width - 1, 0, (columns // 2 + 1) * dim, 2 * (columns // 2 + 1) * dim
-    for b in range(first, last):
-        start, to = b * (columns + extra) * dim, b * columns * dim
-        for c in range(0, dim, LANES):
-            _edges(x, start + columns * dim, response, taps, width, dim, c, scratch)
-            for r in range(columns):
-                k = (r + 1) // 2
-                h, g = load(response, H + k * dim + c), load(response, G + k * dim + c)
-                own = load(x, start + r * dim + c)
-                if r == 0 or (r % 2 and r + 1 == columns):  # a frequency without a sine
-                    value = h * own
-                elif r % 2:
-                    value = h * own - g * load(x, start + (r + 1) * dim + c)
-                else:
-                    value = h * own + g * load(x, start + (r - 1) * dim + c)
-                for i in range(extra):
-                    value = value - at(basis, i * columns + r) * load(scratch, i * LANES)
-                if bias.size:
-                    value = value + at(offsets, r) * load(bias, c)
-                store(out, to + r * dim + c, value)
+@part
+def convolve_row(x, start, response, bias, offsets, basis, out, to, columns, width, dim, edges):
+    """out[to:] [columns, dim] of one row from x[start:]; `bias` and `offsets`, V^T 1, or neither."""
+    extra, G, taps = width - 1, (columns // 2 + 1) * dim, 2 * (columns // 2 + 1) * dim
+    for c in range(0, dim, LANES):
+        _edges(x, start + columns * dim, response, taps, width, dim, c, edges)
+        for r in range(columns):
+            place = (r + 1) // 2 * dim + c
+            h, g = load(response, place), load(response, G + place)
+            own = load(x, start + r * dim + c)
+            if r == 0 or (r % 2 and r + 1 == columns):  # a frequency without a sine
+                value = h * own
+            elif r % 2:
+                value = h * own - g * load(x, start + (r + 1) * dim + c)
+            else:
+                value = h * own + g * load(x, start + (r - 1) * dim + c)
+            for i in range(extra):
+                value = value - at(basis, i * columns + r) * load(edges, i * LANES)
+            if bias.size:
+                value = value + at(offsets, r) * load(bias, c)
+            store(out, to + r * dim + c, value)
 
 
-@sliced
-def backward(first, last, scratch, x, dout, response, offsets, basis, dx, sums, batch, columns, width, dim):
-    """dx, and of each group the gradients of `response` (of the taps that which the edges have) and then of the bias,
-    where there are `offsets`: sums [groups, 2 frequencies + width (+ 1), dim]."""
+@part
+def convolve_row_backward(
+    x, start, dout, to, response, offsets, basis, dx, sums, into, columns, width, dim, edges
+):  # fmt: skip
+    """dx[start:] of one row; the gradients of `response` and of the bias are added to sums[into:], as in `backward`."""
     extra, frequencies = width - 1, columns // 2 + 1
     G, taps, bias = frequencies * dim, 2 * frequencies * dim, (2 * frequencies + width) * dim
-    every = bias + dim if offsets.size else bias
+    tail = start + columns * dim
+    for c in range(0, dim, LANES):
+        for i in range(extra):
+            store(edges, i * LANES, full(x, 0.0))
+        offset = full(x, 0.0)
+        for r in range(columns):
+            place = (r + 1) // 2 * dim + c
+            h, g = load(response, place), load(response, G + place)
+            d, own = load(dout, to + r * dim + c), load(x, start + r * dim + c)
+            _add(sums, into + place, d * own)
+            value = h * d
+            if r > 0 and not (r % 2 and r + 1 == columns):
+                if r % 2:
+                    _add(sums, into + G + place, 0.0 - d * load(x, start + (r + 1) * dim + c))
+                    value = value + g * load(dout, to + (r + 1) * dim + c)
+                else:
+                    _add(sums, into + G + place, d * load(x, start + (r - 1) * dim + c))
+                    value = value - g * load(dout, to + (r - 1) * dim + c)
+            store(dx, start + r * dim + c, value)
+            for i in range(extra):
+                store(edges, i * LANES, load(edges, i * LANES) - at(basis, i * columns + r) * d)
+            if offsets.size:
+                offset = offset + at(offsets, r) * d
+        if offsets.size:
+            _add(sums, into + bias + c, offset)
+        for t in range(extra):
+            value = full(x, 0.0)
+            for i in range(t + 1):  # t = width - 1 - j + i
+                j = width - 1 - t + i
+                edge = load(edges, i * LANES)
+                value = value + load(response, taps + j * dim + c) * edge
+                _add(sums, into + taps + j * dim + c, load(x, tail + t * dim + c) * edge)
+            store(dx, tail + t * dim + c, value)
+
+
+@register_jitable
+def sums_size(columns, width, dim, has_bias):
+    """Elements of a group's sums."""
+    return (2 * (columns // 2 + 1) + width + has_bias) * dim
+
+
+@sliced
+def forward(first, last, scratch, x, response, none, basis, out, columns, width, dim):
+    """out [rows, columns, dim] of the rows from `first` to before `last`, without a bias; `none` is empty."""
+    size = (columns + width - 1) * dim
+    for b in range(first, last):
+        convolve_row(x, b * size, response, none, none, basis, out, b * columns * dim, columns, width, dim, scratch)
+
+
+@sliced
+def backward(first, last, scratch, x, dout, response, none, basis, dx, sums, batch, columns, width, dim):
+    """dx, and of each group the gradient of `response`, of the taps that which the edges have, to sums [groups,
+    2 frequencies + width, dim]."""
+    size, every = (columns + width - 1) * dim, sums_size(columns, width, dim, 0)
     for group in range(first, last):
-        into = group * every
-        fill(sums, into, into + every, 0)
+        fill(sums, group * every, (group + 1) * every, 0)
         for b in range(group * GROUP, min(batch, (group + 1) * GROUP)):
-            start, to = b * (columns + extra) * dim, b * columns * dim
-            tail = start + columns * dim
-            for c in range(0, dim, LANES):
-                for i in range(extra):
-                    store(scratch, i * LANES, full(x, 0.0))
-                offset = full(x, 0.0)
-                for r in range(columns):
-                    k = (r + 1) // 2
-                    place = k * dim + c
-                    h, g = load(response, place), load(response, G + place)
-                    d, own = load(dout, to + r * dim + c), load(x, start + r * dim + c)
-                    _add(sums, into + place, d * own)
-                    value = h * d
-                    if r > 0 and not (r % 2 and r + 1 == columns):
-                        if r % 2:
-                            _add(sums, into + G + place, 0.0 - d * load(x, start + (r + 1) * dim + c))
-                            value = value + g * load(dout, to + (r + 1) * dim + c)
-                        else:
-                            _add(sums, into + G + place, d * load(x, start + (r - 1) * dim + c))
-                            value = value - g * load(dout, to + (r - 1) * dim + c)
-                    store(dx, start + r * dim + c, value)
-                    for i in range(extra):
-                        store(scratch, i * LANES, load(scratch, i * LANES) - at(basis, i * columns + r) * d)
-                    if offsets.size:
-                        offset = offset + at(offsets, r) * d
-                if offsets.size:
-                    _add(sums, into + bias + c, offset)
-                for t in range(extra):
-                    value = full(x, 0.0)
-                    for i in range(t + 1):  # t = width - 1 - j + i
-                        j = width - 1 - t + i
-                        edge = load(scratch, i * LANES)
-                        value = value + load(response, taps + j * dim + c) * edge
-                        _add(sums, into + taps + j * dim + c, load(x, tail + t * dim + c) * edge)
-                    store(dx, tail + t * dim + c, value)
+            convolve_row_backward(
+                x, b * size, dout, b * columns * dim, response, none, basis, dx, sums, group * every, columns, width,
+                dim, scratch,
+            )  # fmt: skip

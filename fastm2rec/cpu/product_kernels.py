@@ -129,21 +129,31 @@ def expanded(first, last, scratch, x, out, products, extra):
 
 
 @borrower
+def contract_small_row(x, start, basis, seqlen, kept, extra, dim, out, to):
+    """As `contract_row`, of a basis [seqlen, kept]."""
+    multiply(basis, 0, 1, kept, kept, x, start, dim, dim, seqlen, out, to, dim, False)
+    write(x, start + (seqlen - extra) * dim, extra * dim, out, to + kept * dim)
+
+
+@borrower
+def expand_small_row(x, start, basis, seqlen, kept, extra, dim, out, to):
+    """As `expand_row`, of a basis [seqlen, kept]."""
+    multiply(basis, 0, kept, 1, seqlen, x, start, dim, dim, kept, out, to, dim, False)
+    ends = to + (seqlen - extra) * dim
+    for c in range(0, extra * dim, LANES):
+        store(out, ends + c, load(out, ends + c) + load(x, start + kept * dim + c))
+
+
+@borrower
 def _contract_plainly(x, basis, seqlen, kept, extra, dim, out, first, last):
     for b in range(first, last):
-        start, to = b * seqlen * dim, b * (kept + extra) * dim
-        multiply(basis, 0, 1, kept, kept, x, start, dim, dim, seqlen, out, to, dim, False)
-        write(x, start + (seqlen - extra) * dim, extra * dim, out, to + kept * dim)
+        contract_small_row(x, b * seqlen * dim, basis, seqlen, kept, extra, dim, out, b * (kept + extra) * dim)
 
 
 @borrower
 def _expand_plainly(x, basis, seqlen, kept, extra, dim, out, first, last):
     for b in range(first, last):
-        start, to = b * (kept + extra) * dim, b * seqlen * dim
-        multiply(basis, 0, kept, 1, seqlen, x, start, dim, dim, kept, out, to, dim, False)
-        ends = to + (seqlen - extra) * dim
-        for c in range(0, extra * dim, LANES):
-            store(out, ends + c, load(out, ends + c) + load(x, start + kept * dim + c))
+        expand_small_row(x, b * (kept + extra) * dim, basis, seqlen, kept, extra, dim, out, b * seqlen * dim)
 
 
 @sliced

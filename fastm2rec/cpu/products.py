@@ -144,4 +144,4 @@ def expand(bins: Tensor, basis: Tensor, products: Products) -> Tensor:
 
 def whole_lanes(x: Tensor) -> Tensor:
     """With its channels padded to whole Lanes, of which there are 16 or 32."""
-    return F.pad(x, (0, -x.shape[2] % 32)) if x.shape[2] % 32 else x
+    return F.pad(x, (0, -x.shape[-1] % 32)) if x.shape[-1] % 32 else x

@@ -1,0 +1,73 @@
+"""From x to a filter's coefficients and back: what the kernels in `coefficients_kernels.py` need around them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .arrays import as_flat, scratch
+from .fourier_conv import response_of
+from .products import LEAST, MULTIPLY_ADDS, Products, as_arrays, whole_lanes
+from .threads import run
+
+
+def _filter(
+    basis: Tensor, products: Products, conv_weight: Tensor, conv_bias: Tensor | None, has_bias: bool, channels: int
+) -> Any:
+    from . import coefficients_kernels as kernels
+
+    dtype, (dim, width) = conv_weight.dtype, conv_weight.shape
+    response = response_of(*basis.shape, width, dtype) @ conv_weight.t()
+    offsets = basis.sum(dim=0) if has_bias else None
+    arrays = (as_flat(tensor, dtype) for tensor in (response, conv_bias, offsets))
+    shared = as_flat(basis, dtype), as_arrays(products, channels, dtype), basis.numel() < LEAST
+    return kernels.Filter(*shared, *arrays, dim, width)
+
+
+def _grain(filter: Any) -> int:
+    """Rows of the batch that are worth a slice."""
+    products = filter.products
+    work = (filter.basis.size + (products.kept + filter.width) * filter.dim) * products.dim
+    return max(1, MULTIPLY_ADDS // work)
+
+
+def launch_forward(
+    x: Tensor, basis: Tensor, products: Products, weight: Tensor, bias: Tensor | None, ones: Tensor | None,
+    conv_weight: Tensor, conv_bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """e [B, R + width - 1, C], its channels padded to whole Lanes; h [B, R + width - 1, E]; and c [B, R, E]."""
+    from . import coefficients_kernels as kernels
+
+    x, weight, dtype = whole_lanes(x), whole_lanes(weight), x.dtype
+    (batch, _, channels), (dim, width), kept = x.shape, conv_weight.shape, basis.shape[1]
+    filter = _filter(basis, products, conv_weight, conv_bias, conv_bias is not None, channels)
+    e = torch.empty(batch, kept + width - 1, channels, dtype=dtype)
+    h, c = torch.empty(batch, kept + width - 1, dim, dtype=dtype), torch.empty(batch, kept, dim, dtype=dtype)
+    with scratch(weight.numel(), dtype, "coefficients") as turned:
+        kernels.turn(as_flat(weight, dtype), dim, channels, turned)
+        arrays = (as_flat(tensor, dtype) for tensor in (bias, ones, e, h, c))
+        arguments = (as_flat(x, dtype), filter, turned, *arrays)
+        run(kernels.forward, arguments, batch, _grain(filter), kernels.row_scratch(filter), dtype)
+    return e, h, c
+
+
+def launch_backward(
+    dc: Tensor, h: Tensor, basis: Tensor, products: Products, weight: Tensor, conv_weight: Tensor, has_bias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """dx, dh, and the gradients of conv_weight and of the convolution's bias, where it has one."""
+    from . import coefficients_kernels as kernels
+
+    padded, dtype, batch = whole_lanes(weight), dc.dtype, len(dc)
+    filter = _filter(basis, products, conv_weight, None, has_bias, padded.shape[1])
+    dx, dh = torch.empty(batch, len(basis), padded.shape[1], dtype=dtype), torch.empty_like(h)
+    groups, response = -(-batch // kernels.GROUP), response_of(*basis.shape, conv_weight.shape[1], dtype)
+    sums = torch.empty(groups, len(response) + has_bias, len(conv_weight), dtype=dtype)
+    arrays = (as_flat(tensor, dtype) for tensor in (padded, dh, dx, sums))
+    arguments = (as_flat(dc, dtype), as_flat(h, dtype), filter, *arrays, batch)
+    grain = max(1, _grain(filter) // kernels.GROUP)
+    run(kernels.backward, arguments, groups, grain, kernels.row_scratch(filter), dtype)
+    total = sums.sum(0)
+    dconv = total[: len(response)].t() @ response
+    return dx[..., : weight.shape[1]], dh, dconv, total[-1] if has_bias else None
