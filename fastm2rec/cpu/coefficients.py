@@ -21,9 +21,10 @@ def _filter(
     dtype, (dim, width) = conv_weight.dtype, conv_weight.shape
     response = response_of(*basis.shape, width, dtype) @ conv_weight.t()
     offsets = basis.sum(dim=0) if has_bias else None
-    arrays = (as_flat(tensor, dtype) for tensor in (response, conv_bias, offsets))
-    shared = as_flat(basis, dtype), as_arrays(products, channels, dtype), basis.numel() < LEAST
-    return kernels.Filter(*shared, *arrays, dim, width)
+    return kernels.Filter(
+        as_flat(basis, dtype), as_arrays(products, channels, dtype), basis.numel() < LEAST, as_flat(response, dtype),
+        as_flat(conv_bias, dtype), as_flat(offsets, dtype), dim, width,
+    )  # fmt: skip
 
 
 def _grain(filter: Any) -> int:
