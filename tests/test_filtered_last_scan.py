@@ -25,13 +25,14 @@ NAMES = (
 )  # fmt: skip
 
 
-def _inputs(seqlen: int, dim: int = 32, *, dstate: int = 3, optional: bool = True) -> list[Any]:
+def _inputs(seqlen: int, dim: int = 32, *, channels: int = 12, dstate: int = 3, optional: bool = True) -> list[Any]:
     """All but basis, lengths and stride, in the order of NAMES; step sizes about 0.1."""
     batch, columns, dt_rank = 5, 2 * int(0.1 * seqlen) + 1, 3
     r = torch.randn
     return [
-        r(batch, seqlen, 12), torch.rand(columns) if optional else None, r(dim, 12) * 0.3, r(dim) if optional else None,
-        r(dim, 4), r(dim) if optional else None, r(dt_rank + 2 * dstate, dim) * dim**-0.5, r(dim, dt_rank) * 0.5,
+        r(batch, seqlen, channels), torch.rand(columns) if optional else None,
+        r(dim, channels) * channels**-0.5, r(dim) if optional else None, r(dim, 4),
+        r(dim) if optional else None, r(dt_rank + 2 * dstate, dim) * dim**-0.5, r(dim, dt_rank) * 0.5,
         torch.rand(dim) * 3 - 4 if optional else None, -torch.arange(1.0, dstate + 1) * torch.exp(0.1 * r(dim, dstate)),
         r(dim), r(batch, dim) if optional else None,
     ]  # fmt: skip
@@ -65,8 +66,20 @@ def _call(function: Any, basis: Tensor, lengths: Tensor, stride: int, *values: A
     ],
 )
 def test_values_and_gradients(seqlen: int, dim: int, stride: int, optional: bool, kind: str) -> None:
-    inputs, dy = _inputs(seqlen, dim, optional=optional), torch.randn(5, dim)
-    arguments = (_basis(seqlen, kind), _lengths(seqlen), stride)
+    _compare(_inputs(seqlen, dim, optional=optional), _basis(seqlen, kind), stride)
+
+
+@pytest.mark.usefixtures("nan_filled")
+@pytest.mark.parametrize("channels", [32, 64, 96])
+@pytest.mark.parametrize("seqlen", [20, 200])  # whose bases are multiplied as they are, and by their orbits
+def test_input_channels_in_whole_lanes(seqlen: int, channels: int) -> None:
+    _compare(_inputs(seqlen, channels=channels), _basis(seqlen), 1)
+
+
+def _compare(inputs: list[Any], basis: Tensor, stride: int) -> None:
+    """Values and gradients of the engine and of the reference."""
+    seqlen, dy = len(basis), torch.randn(5, inputs[2].shape[0])
+    arguments = (basis, _lengths(seqlen), stride)
     got, plain = (gradients(partial(_call, f, *arguments), inputs, dy) for f in (filtered_last_scan, reference))
     double = cast(inputs, torch.float64)
     close, exact = (gradients(partial(_call, f, *arguments), double, dy) for f in (filtered_last_scan, reference))
