@@ -1,4 +1,4 @@
-"""What follows the scan in a layer of Mamba4Rec (arXiv 2403.03900 section 3.3): output projection and feed-forward.
+"""What follows the scan in a layer of Mamba4Rec (arXiv 2403.03900): output projection and feed-forward.
 
     x = LayerNorm(dropout(y W_out^T + b_out) [+ residual])
     out = LayerNorm(x + dropout(dropout(gelu(x W_1^T + b_1)) W_2^T + b_2))

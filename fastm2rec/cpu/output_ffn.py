@@ -1,4 +1,8 @@
-"""`output_ffn` as one node of autograd's graph: what the kernels in `output_ffn_kernels.py` need around them."""
+"""`output_ffn` as one node of autograd's graph: what the kernels in `output_ffn_kernels.py` need around them.
+
+On a few hundred rows torch's operators take about as long for the arithmetic; what is saved are the operators, modules
+and nodes, which after other work has been in the caches cost tens of microseconds each.
+"""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ def output_ffn(
     """What follows the scan in a layer: output projection, LayerNorm, feed-forward network, LayerNorm.
 
     `x = LayerNorm(dropout(y W_out^T + b_out) [+ residual])`, then
-    `LayerNorm(x + dropout(dropout(gelu(x W_1^T + b_1)) W_2^T + b_2))` (arXiv 2403.03900 section 3.3).
+    `LayerNorm(x + dropout(dropout(gelu(x W_1^T + b_1)) W_2^T + b_2))` (arXiv 2403.03900).
 
     Args:
         y: [B, E], the scan's output, gated.
