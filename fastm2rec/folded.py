@@ -24,7 +24,8 @@ from .basis import column_frequencies, mask_gain, n_columns, row_basis
 from .config import FilterPlacement, M2RecConfig
 from .impl import AUTO
 from .kernels._nodes import EXPONENTIALS, Nodes, accepted, fit_nodes
-from .model import LAYER_NORM_EPS, Layer, M2Rec
+from .layer import LAYER_NORM_EPS, Layer
+from .model import M2Rec
 
 # Kernels take up to this many columns in one tile, and more of them in tiles of this many.
 COLUMN_TILE = 64
