@@ -44,7 +44,8 @@ def bins_kernel(
     x_ptr, gain_ptr, weight_ptr, bias_ptr, z_ptr,
     bins, parts, channels, out_channels, seqlen,
     stride_x_batch, stride_x_c, stride_x_q, stride_gain_k, stride_gain_c, stride_weight_o, stride_weight_c,
-    HAS_GAIN: tl.constexpr, GAIN_LAST: tl.constexpr, PER_CHANNEL: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_GAIN: tl.constexpr, GAIN_LAST: tl.constexpr, PER_CHANNEL: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
