@@ -18,6 +18,9 @@ SHARED_BYTES = {80: 166912, 90: 232448, 100: 232448}
 # when N states share them; with nodes the exponentials are a dot.
 MUFU_EXACT = 1.25
 MUFU_NODES = 0.35
+# Shuffles per (t, e, n) of the scan at all positions: a lane has all states of a channel, or 32 of them. With another
+# layout, which another version of Triton may choose, it is 4.
+SHUFFLES = 0.1
 
 
 def failures(launch: Launch, report: Report) -> list[str]:
@@ -30,11 +33,12 @@ def failures(launch: Launch, report: Report) -> list[str]:
         reasons.append(f"{report.shared} bytes of shared memory, at most {limit}")
     if report.kernel in launch.dots and not report.dots:
         reasons.append("no tensor-core instruction")
-    if report.kernel in launch.mufu:
-        most, elements = launch.mufu[report.kernel]
-        mufu = report.per_element(report.loop_mix["mufu"], elements)
-        if mufu > most:
-            reasons.append(f"{mufu:.2f} MUFU per element, at most {most}")
+    for limits, kind in ((launch.mufu, "mufu"), (launch.shuffles, "shfl")):
+        if report.kernel in limits:
+            most, elements = limits[report.kernel]
+            found = report.per_element(report.loop_mix[kind], elements)
+            if found > most:
+                reasons.append(f"{found:.2f} {kind.upper()} per element, at most {most}")
     return reasons
 
 
@@ -43,4 +47,4 @@ def missing(launch: Launch, reports: Sequence[Report]) -> list[str]:
     launched = {report.kernel for report in reports}
     if not launched:
         return ["launched no kernel"]
-    return [f"{name} was not launched" for name in sorted({*launch.dots, *launch.mufu} - launched)]
+    return [f"{name} was not launched" for name in sorted({*launch.dots, *launch.mufu, *launch.shuffles} - launched)]

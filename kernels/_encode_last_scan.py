@@ -204,12 +204,12 @@ def encode_last_scan_kernel(
             offs_column, offs_e,
             length, stride, BLOCK_R, table_rows, E, stride_ids_t, SOURCE, TAPS, BLOCK_T, ACC, DOT, PRECISION,
         )  # fmt: skip
-        B_weight = tl.load(B_ptr + varying + offs_e[:, None] * dstate + offs_n[None, :], mask=mask_en, other=0.0)
-        CB = tl.dot(u.to(DOT), B_weight, input_precision=PRECISION, out_dtype=ACC) * C[None, :]
         delta = _steps(
             u, offs_i < kept, step_down_ptr, step_up_ptr, step_bias_ptr, offs_e, varying, E, RANK,
             BLOCK_RANK, DOT, PRECISION,
         )  # fmt: skip
+        B_weight = tl.load(B_ptr + varying + offs_e[:, None] * dstate + offs_n[None, :], mask=mask_en, other=0.0)
+        CB = tl.dot(u.to(DOT), B_weight, input_precision=PRECISION, out_dtype=ACC) * C[None, :]
         behind = offs_r[None, :] + varying
         T = carry[None, :] + _ones_dot((offs_r[:, None] > behind).to(tl.float32), delta)
         carry += tl.sum(delta, axis=0)

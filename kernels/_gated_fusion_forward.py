@@ -176,19 +176,20 @@ def gated_fusion_fwd_kernel(
     for k0 in range(0, D, BLOCK_K):
         offs_k = k0 + tl.arange(0, BLOCK_K)
         inner = offs_k < D
+        if GATE == "context":
+            # Rows are read once more behind the gates: kept meanwhile, they take the registers of a block.
+            alpha, beta = _context_gates(
+                h_ptr, text_ptr, gate_weight_ptr, gate_bias_ptr, rows, text_rows, here, offs_k,
+                stride_h_batch, stride_h_d, stride_text_row, stride_text_d,
+                D, BLOCK_B, BLOCK_K, ACC, DOT, PRECISION,
+            )  # fmt: skip
+            if SAVE:
+                store_tile(gates_ptr, rows, here, offs_k, inner, 2 * D, alpha)
+                store_tile(gates_ptr, rows, here, D + offs_k, inner, 2 * D, beta)
         mixed = load_tile(h_ptr, rows, here, offs_k, inner, stride_h_batch, stride_h_d).to(ACC)  # [BLOCK_B, BLOCK_K]
         if GATE != "none":
             text = load_tile(text_ptr, text_rows, here, offs_k, inner, stride_text_row, stride_text_d).to(ACC)
-            if GATE == "context":
-                alpha, beta = _context_gates(
-                    h_ptr, text_ptr, gate_weight_ptr, gate_bias_ptr, rows, text_rows, here, offs_k,
-                    stride_h_batch, stride_h_d, stride_text_row, stride_text_d,
-                    D, BLOCK_B, BLOCK_K, ACC, DOT, PRECISION,
-                )  # fmt: skip
-                if SAVE:
-                    store_tile(gates_ptr, rows, here, offs_k, inner, 2 * D, alpha)
-                    store_tile(gates_ptr, rows, here, D + offs_k, inner, 2 * D, beta)
-            else:
+            if GATE == "constant":
                 alpha = load_vector(alpha_ptr, offs_k, inner, stride_alpha, ACC)
                 beta = load_vector(beta_ptr, offs_k, inner, stride_beta, ACC)
             mixed = alpha * text + beta * mixed
@@ -202,8 +203,8 @@ def gated_fusion_fwd_kernel(
         scale = 1.0 / tl.sqrt(tl.sum(centred * centred, axis=1) / D + eps)  # [BLOCK_B]
         normal = centred * scale[:, None]
         if SAVE:
-            store_tile(normal_ptr, rows, here, offs_d, inside, D, normal)
             tl.store(scale_ptr + rows, scale, mask=here)
+            store_tile(normal_ptr, rows, here, offs_d, inside, D, normal)
         y = normal * load_vector(norm_weight_ptr, offs_d, inside, 1, ACC)
         y += load_vector(norm_bias_ptr, offs_d, inside, 1, ACC)
     store_tile(y_ptr, rows, here, offs_d, inside, D, y)

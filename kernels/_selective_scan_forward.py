@@ -11,7 +11,10 @@ STEPS positions without a branch, whose loads do not wait for each other. For th
 CHUNK-th position is kept as a checkpoint.
 
 No load is masked, as a mask costs instructions at every position: indices are clamped to the last position and channel,
-and the host pads states with zeros up to BLOCK_N.
+and the host pads states with zeros, up to BLOCK_N and to whole blocks of channels. The layout of a tile is chosen by
+what is loaded and stored in it: neighbours in memory go to neighbouring lanes where their addresses are known to be
+such, which a clamped one is not to Triton before 3.7, and each lane takes one where the pointer is not known to be
+aligned. Else sums over states would go from lane to lane, twice the instructions and more.
 
 Packed sequences lie one after another in a single row; sequence s is cu_seqlens[s] to cu_seqlens[s + 1].
 """
@@ -28,6 +31,7 @@ from ._common import LOG2E, compute_dtype, silu, softplus, triton_dtype
 
 CHUNK = 32  # a multiple of both passes' STEPS; a row of 200 keeps 7 checkpoints, and 16 of a chunk's states in scratch
 STEPS = 4
+BLOCK_D = 32  # a warp's lanes
 
 
 @triton.jit
@@ -51,7 +55,7 @@ def step_size(raw, SOFTPLUS: tl.constexpr):
     return raw
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["A_ptr", "initial_state_ptr", "last_state_ptr", "checkpoints_ptr"])
 def _forward_kernel(
     u_ptr, delta_ptr, A_ptr, B_ptr, C_ptr, D_ptr, z_ptr, delta_bias_ptr, initial_state_ptr, cu_seqlens_ptr,
     y_ptr, last_state_ptr, checkpoints_ptr,
@@ -66,9 +70,9 @@ def _forward_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_d = offs_d < dim
-    offs_d = tl.minimum(offs_d, dim - 1)
-    state = offs_n[:, None] * width + offs_d[None, :]  # in a [BLOCK_N, width] tensor
-    offs_d = offs_d.to(tl.int64)
+    offs_w = offs_d  # in memory a state has whole blocks of channels
+    state = offs_n[:, None] * width + offs_w[None, :]  # in a [BLOCK_N, width] tensor
+    offs_d = tl.minimum(offs_d, dim - 1).to(tl.int64)
     size = BLOCK_N * tl.cast(width, tl.int64)
 
     u_ptrs = u_ptr + row * stride_u_batch + offs_d
@@ -97,7 +101,7 @@ def _forward_kernel(
             if t % CHUNK == 0:
                 # Multiplied here, not hoisted out of the loop: 30 registers less.
                 slot_n = (checkpoint + t // CHUNK) * BLOCK_N + offs_n[:, None]
-                tl.store(checkpoints_ptr + slot_n * width + offs_d[None, :], h, mask=mask_d[None, :])
+                tl.store(checkpoints_ptr + slot_n * width + offs_w[None, :], h, mask=mask_d[None, :])
         for i in tl.static_range(STEPS):
             here = t + i < length
             at = tl.minimum(t + i, length - 1).to(tl.int64)
@@ -157,13 +161,13 @@ def block_states(dstate: int) -> int:
 
 
 def state_width(dim: int) -> int:
-    """Channels of a state in memory, a multiple of 16: rows start aligned, whatever dim is."""
-    return -(-dim // 16) * 16
+    """Channels of a state in memory: whole blocks, so that rows start aligned and no program needs a bound."""
+    return -(-dim // BLOCK_D) * BLOCK_D
 
 
-def tile(block_n: int) -> tuple[int, int]:
-    """BLOCK_D and warps: a channel's states in one thread up to 32, which h and A hold twice."""
-    return 32, max(block_n // 32, 1)
+def n_warps(block_n: int) -> int:
+    """A channel's states are in one thread up to 32, which h and A hold twice."""
+    return max(block_n // 32, 1)
 
 
 def registers(block_n: int) -> int | None:
@@ -192,7 +196,6 @@ def forward(
     dtype = compute_dtype(u, delta, A, B, C, D, z, initial_state)
     u, delta, z = channel_last(u), channel_last(delta), None if z is None else channel_last(z)
     block_n = block_states(dstate)
-    block_d, warps = tile(block_n)
     n_sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     y = u.new_empty(batch, seqlen, dim)
     width = state_width(dim)
@@ -202,7 +205,7 @@ def forward(
     checkpoints = u.new_empty(slots, block_n, width, dtype=dtype)
     if width > dim or cu_seqlens is not None:
         checkpoints.zero_()
-    _forward_kernel[(n_sequences, triton.cdiv(dim, block_d))](
+    _forward_kernel[(n_sequences, triton.cdiv(dim, BLOCK_D))](
         u, delta, states(A, block_n, dtype), rows(B, block_n, dtype), rows(C, block_n, dtype),
         None if D is None else D.contiguous(), z, None if delta_bias is None else delta_bias.contiguous(),
         None if initial_state is None else states(initial_state, block_n, dtype),
@@ -213,7 +216,7 @@ def forward(
         SOFTPLUS=delta_softplus, HAS_D=D is not None, HAS_Z=z is not None, HAS_BIAS=delta_bias is not None,
         HAS_INITIAL=initial_state is not None, PACKED=cu_seqlens is not None,
         SAVE_LAST=save_last_state, SAVE_CHECKPOINTS=save_checkpoints,
-        CHUNK=CHUNK, STEPS=STEPS, BLOCK_N=block_n, BLOCK_D=block_d, ACC=triton_dtype(dtype),
-        num_warps=warps, maxnreg=registers(block_n),
+        CHUNK=CHUNK, STEPS=STEPS, BLOCK_N=block_n, BLOCK_D=BLOCK_D, ACC=triton_dtype(dtype),
+        num_warps=n_warps(block_n), maxnreg=registers(block_n),
     )  # fmt: skip
     return y.transpose(1, 2), last_state.transpose(1, 2)[:, :dim, :dstate], checkpoints

@@ -26,11 +26,17 @@ BLOCK_Q, BLOCK_C, NUM_WARPS = 64, 32, 8
 
 
 @triton.jit
-def _bin_gains(gain_ptr, offs_c, offs_q, bins, channels, stride_gain_k, stride_gain_c):
-    """The gains at [BLOCK_C, BLOCK_Q]: both parts of a bin have the same, dropped bins have 0."""
+def _bin_gains(
+    gain_ptr, offs_c, offs_q, bins, channels, stride_gain_k, stride_gain_c, PER_CHANNEL: tl.constexpr
+):  # fmt: skip
+    """The gains at [BLOCK_C, BLOCK_Q], or [1, BLOCK_Q]: both parts of a bin have the same, dropped bins have 0."""
     k = offs_q // 2
-    place = (offs_c * stride_gain_c)[:, None] + (k * stride_gain_k)[None, :]
-    return tl.load(gain_ptr + place, mask=(offs_c < channels)[:, None] & (k < bins)[None, :], other=0.0)
+    place = gain_ptr + k * stride_gain_k
+    if PER_CHANNEL:
+        place = place[None, :] + (offs_c * stride_gain_c)[:, None]
+        return tl.load(place, mask=(offs_c < channels)[:, None] & (k < bins)[None, :], other=0.0)
+    else:
+        return tl.load(place, mask=k < bins, other=0.0)[None, :]
 
 
 @triton.jit
@@ -38,7 +44,8 @@ def bins_kernel(
     x_ptr, gain_ptr, weight_ptr, bias_ptr, z_ptr,
     bins, parts, channels, out_channels, seqlen,
     stride_x_batch, stride_x_c, stride_x_q, stride_gain_k, stride_gain_c, stride_weight_o, stride_weight_c,
-    HAS_GAIN: tl.constexpr, GAIN_LAST: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_GAIN: tl.constexpr, GAIN_LAST: tl.constexpr, PER_CHANNEL: tl.constexpr,
+    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_O: tl.constexpr,
     ACC: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -61,7 +68,9 @@ def bins_kernel(
         place = offs_c.to(tl.int64)[:, None] * stride_x_c + (offs_q * stride_x_q)[None, :]
         x = tl.load(x_ptr + place, mask=inside, other=0.0).to(ACC)  # [BLOCK_C, BLOCK_Q]
         if HAS_GAIN & (not GAIN_LAST):
-            x *= _bin_gains(gain_ptr, offs_c, offs_q, bins, channels, stride_gain_k, stride_gain_c).to(ACC)
+            x *= _bin_gains(
+                gain_ptr, offs_c, offs_q, bins, channels, stride_gain_k, stride_gain_c, PER_CHANNEL
+            ).to(ACC)  # fmt: skip
         if HAS_WEIGHT:
             w_place = (offs_o * stride_weight_o)[:, None] + (offs_c * stride_weight_c)[None, :]
             inside = (offs_o < out_channels)[:, None] & (offs_c < channels)[None, :]
@@ -70,7 +79,9 @@ def bins_kernel(
         else:
             z = x
     if HAS_GAIN & GAIN_LAST:
-        z *= _bin_gains(gain_ptr, offs_o, offs_q, bins, out_channels, stride_gain_k, stride_gain_c).to(ACC)
+        z *= _bin_gains(
+            gain_ptr, offs_o, offs_q, bins, out_channels, stride_gain_k, stride_gain_c, PER_CHANNEL
+        ).to(ACC)  # fmt: skip
     if HAS_BIAS:
         b = tl.load(bias_ptr + offs_o, mask=offs_o < out_channels, other=0.0).to(ACC)
         z += tl.where(offs_q == 0, seqlen, 0).to(ACC)[None, :] * b[:, None]
@@ -98,7 +109,8 @@ def launch_bins(
     bins_kernel[(batch * triton.cdiv(parts, BLOCK_Q) * triton.cdiv(out_channels, block_o),)](
         x, gain, weight, bias, z, bins, parts, channels, out_channels, seqlen,
         *x.stride(), *gain_strides, *((0, 0) if weight is None else weight.stride()),
-        HAS_GAIN=gain is not None, GAIN_LAST=gain_last, HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
+        HAS_GAIN=gain is not None, GAIN_LAST=gain_last, PER_CHANNEL=gain is not None and gain.dim() == 2,
+        HAS_WEIGHT=weight is not None, HAS_BIAS=bias is not None,
         BLOCK_Q=BLOCK_Q, BLOCK_C=BLOCK_C, BLOCK_O=block_o,
         ACC=triton_dtype(acc), PRECISION=dot_precision(acc), num_warps=NUM_WARPS,
     )  # fmt: skip

@@ -30,6 +30,16 @@ def exponentials_kernel(x_ptr, y_ptr, seqlen, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def sum_kernel(x_ptr, y_ptr, seqlen, BLOCK: tl.constexpr):
+    """A sum over all lanes in every iteration."""
+    offs = tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + offs)
+    for _ in range(seqlen):
+        x = x * x + tl.sum(x, axis=0)
+    tl.store(y_ptr + offs, x)
+
+
+@triton.jit
 def spilling_kernel(x_ptr, y_ptr, seqlen, ROWS: tl.constexpr):
     """Carries more values through a loop than it is given registers."""
     offs_m, offs_n = tl.arange(0, ROWS), tl.arange(0, ROWS)
@@ -65,6 +75,10 @@ def exponentials() -> None:
     exponentials_kernel[(1,)](torch.empty(7, BLOCK), torch.empty(BLOCK), 7, BLOCK=BLOCK, num_warps=4)
 
 
+def sums() -> None:
+    sum_kernel[(1,)](torch.empty(1024), torch.empty(1024), 7, BLOCK=1024, num_warps=1)
+
+
 def spilling() -> None:
     x = torch.empty(ROWS, ROWS)
     spilling_kernel[(1,)](x, torch.empty_like(x), 7, ROWS=ROWS, num_warps=1, maxnreg=64)
@@ -86,11 +100,13 @@ def both_products() -> None:
     product("tf32")
 
 
-EXPONENTIALS, PRODUCT = exponentials_kernel.__name__, product_kernel.__name__
+EXPONENTIALS, PRODUCT, SUM = exponentials_kernel.__name__, product_kernel.__name__, sum_kernel.__name__
 
 CASES = [
     Launch("toy", "exponentials", exponentials, mufu={EXPONENTIALS: (1.0, BLOCK)}),
     Launch("toy", "too many exponentials", exponentials, mufu={EXPONENTIALS: (0.9, BLOCK)}),
+    Launch("toy", "shuffles", sums, shuffles={SUM: (0.16, 1024)}),
+    Launch("toy", "too many shuffles", sums, shuffles={SUM: (0.15, 1024)}),
     Launch("toy", "spilling", spilling),
     Launch("toy", "dot", lambda: product("tf32"), dots=(PRODUCT,)),
     Launch("toy", "no dot where one is meant", lambda: product("ieee"), dots=(PRODUCT,)),

@@ -150,6 +150,8 @@ def toys(root: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]
     [
         ("exponentials", []),
         ("too many exponentials", ["1.00 MUFU per element, at most 0.9"]),
+        ("shuffles", []),
+        ("too many shuffles", ["0.16 SHFL per element, at most 0.15"]),  # five steps over 32 lanes of 32 elements
         ("dot", []),
         ("no dot where one is meant", ["no tensor-core instruction"]),
         ("two specialisations", []),

@@ -20,6 +20,7 @@ class Launch:
         mufu: for a kernel's name, at most how many special-function instructions per element, and how many elements
             one iteration of its hottest loop computes in one program (BLOCK_T * BLOCK_E * N for a scan); limits
             are in `bench._gates`. The loop is the compiled one: where ptxas unrolls a tiny loop, it counts for more.
+        shuffles: the same for values that go from lane to lane.
         core: is one of the few that the tests compile; `bench/resources.py` compiles them all.
     """
 
@@ -28,6 +29,7 @@ class Launch:
     run: Callable[[], object]
     dots: tuple[str, ...] = ()
     mufu: Mapping[str, tuple[float, int]] = field(default_factory=dict)
+    shuffles: Mapping[str, tuple[float, int]] = field(default_factory=dict)
     core: bool = False
 
 

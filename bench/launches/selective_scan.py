@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench._gates import MUFU_EXACT
+from bench._gates import MUFU_EXACT, SHUFFLES
 from bench.launches._launch import Launch
 from fastm2rec.kernels._selective_scan_backward import backward
-from fastm2rec.kernels._selective_scan_forward import STEPS, block_states, forward, tile
+from fastm2rec.kernels._selective_scan_forward import BLOCK_D, STEPS, block_states, forward
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -46,14 +46,15 @@ def _case(
         if training:
             backward(**arguments, checkpoints=checkpoints, dy=y, dlast_state=last_state if packed else None)
 
-    block_n = block_states(dstate)
+    elements = STEPS * BLOCK_D * block_states(dstate)
     form = f"{' packed' if packed else ''}{' bare' if bare else ''}{f' dim={dim}' if dim != 128 else ''}"
     return Launch(
         "selective_scan",
         f"{'training' if training else 'inference'} {dtype} N={dstate} L={seqlen}{form}",
         run,
         # With fewer states, softplus and SiLU show.
-        mufu={"_forward_kernel": (MUFU_EXACT, STEPS * tile(block_n)[0] * block_n)} if dstate >= 16 else {},
+        mufu={"_forward_kernel": (MUFU_EXACT, elements)} if dstate >= 16 else {},
+        shuffles={"_forward_kernel": (SHUFFLES, elements)},
         core=training and dtype == "bf16" and dstate in (16, 32) and not (form or seqlen != 200),
     )
 

@@ -44,8 +44,9 @@ def _run(form: str, seqlen: int, theta: float | None, dtype: torch.dtype, backwa
         y.backward(torch.empty_like(y))
 
 
-def _run_fft(seqlen: int, dtype: torch.dtype, project: bool, backward: bool) -> None:
-    x, gain = _room(2, seqlen, D_MODEL, dtype=dtype), _room(seqlen // 10 + 1, dtype=torch.float32)
+def _run_fft(seqlen: int, dtype: torch.dtype, project: bool, per_channel: bool, backward: bool) -> None:
+    x = _room(2, seqlen, D_MODEL, dtype=dtype)
+    gain = _room(seqlen // 10 + 1, *([D_MODEL] * per_channel), dtype=torch.float32)
     weight = _room(2 * D_INNER, D_MODEL, dtype=dtype) if project else None
     with torch.set_grad_enabled(backward):
         y = spectral_projection_fft(x, gain, weight)
@@ -88,12 +89,12 @@ def _cases() -> list[Launch]:
             cases += [
                 Launch(
                     op="spectral_projection",
-                    name=f"{direction} fft{' linear' if project else ''} {name} L=4096",
-                    run=partial(_run_fft, 4096, dtype, project, backward),
+                    name=f"{direction} fft{' linear' * project}{' per channel' * per_channel} {name} L=4096",
+                    run=partial(_run_fft, 4096, dtype, project, per_channel, backward),
                     dots=("bins_kernel",) if project else (),
-                    core=name == "bf16" and project,
+                    core=name == "bf16" and project and not per_channel,
                 )
-                for project in (False, True)
+                for project, per_channel in ((False, False), (True, False), (True, True))
             ]
     return cases
 
