@@ -38,7 +38,7 @@ from bench.peers._problem import LENGTHLESS, PHASES, Peer, Problem, Shape
 
 OPS = (
     "spectral_projection", "selective_scan", "last_state", "gated_fusion", "encode_last", "last_scan",
-    "filtered_last_scan", "cross_entropy", "embed_norm", "causal_conv1d",
+    "filtered_last_scan", "cross_entropy", "embed_norm", "output_ffn", "causal_conv1d",
 )  # fmt: skip
 FOREIGN = ("spectral_projection",)  # ops that have a peer which may end the process
 COMPILE_SHARE = 0.8  # of the budget, after which nothing more is compiled
@@ -103,6 +103,7 @@ REST = {
         Shape("filtered_last_scan", "training", "float32", 256, 50),
         Shape("cross_entropy", "training", "float32", 256, 1, None),
         Shape("embed_norm", "training", "float32", 256, 50, None),
+        Shape("output_ffn", "training", "float32", 256, 1, None),
         Shape("causal_conv1d", "training", "float32", 256, 50, None),
         *(Shape("selective_scan", phase, "float32", 128, 50) for phase in PHASES),
     ],

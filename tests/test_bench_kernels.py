@@ -25,9 +25,9 @@ from fastm2rec import ops
 
 CPU = torch.device("cpu")
 CEILINGS = _bounds.Ceilings(special=1e9, operations=1e9, bytes=1e9)
-STATELESS = ("spectral_projection", "gated_fusion", "cross_entropy", "embed_norm", "causal_conv1d")
+STATELESS = ("spectral_projection", "gated_fusion", "cross_entropy", "embed_norm", "output_ffn", "causal_conv1d")
 # Without a target on CUDA: there they are torch's, or are made of ops that have rows, or are a part of one.
-NO_TARGET = {"last_scan", "filtered_last_scan", "cross_entropy", "embed_norm", "causal_conv1d"}
+NO_TARGET = {"last_scan", "filtered_last_scan", "cross_entropy", "embed_norm", "output_ffn", "causal_conv1d"}
 
 
 def _shape(op: str, phase: str = "forward") -> Shape:
@@ -156,6 +156,11 @@ def test_the_work_of_the_training_ops_by_hand() -> None:
     norm = _problem(_shape("embed_norm", "training")).work
     assert norm.operations == 18 * 64 * (7 + 14)
     assert norm.bytes == 4 * 64 * (2 * (18 + 18 + 2) + 3707) + 2 * 8 * 18
+    # E=128, D=64, H=256: three products, forward and twice backward; two LayerNorms.
+    ffn = _problem(_shape("output_ffn", "training")).work
+    assert ffn.special == 2 * 256
+    assert ffn.operations == 2 * (6 * 64 * (128 + 256 + 256) + 2 * 64 * (7 + 11))
+    assert ffn.bytes == 2 * 4 * (64 * (128 + 2 * 256) + 5 * 64 + 256 + 2 * (128 + 64))
     # R=1, N=4, E=128: on the columns 2 (64 + 128) a place and 128 (128 + 4) a row, the scan 2 (4 + N) + 2 * 4 + 4 N.
     scan = _problem(_shape("filtered_last_scan", "forward")).work
     assert scan.operations == 18 * 2 * (64 + 128) + 2 * 128 * (128 + 4) + 18 * 128 * (2 * (4 + 4) + 2 * 4 + 4 * 4)

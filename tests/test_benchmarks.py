@@ -29,6 +29,7 @@ PLAIN = {
     "filtered_last_scan": "reference",
     "cross_entropy": "torch",
     "embed_norm": "reference",
+    "output_ffn": "reference",
     "causal_conv1d": "torch conv1d",
 }
 CASES = [

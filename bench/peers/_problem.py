@@ -15,7 +15,7 @@ from fastm2rec import impl
 
 INPUTS = 4  # sets that are rotated, so that none waits in the cache
 PHASES = ("forward", "training")  # training: forward and backward
-LENGTHLESS = ("gated_fusion", "cross_entropy")  # ops whose rows have no positions
+LENGTHLESS = ("gated_fusion", "cross_entropy", "output_ffn")  # ops whose rows have no positions
 
 Arguments = tuple[Tensor | None, ...]
 
