@@ -19,7 +19,7 @@ SHARED_BYTES = {80: 166912, 90: 232448, 100: 232448}
 MUFU_EXACT = 1.25
 MUFU_NODES = 0.35
 # Shuffles per (t, e, n) of the scan at all positions: a lane has all states of a channel, or 32 of them. With another
-# layout, which another version of Triton may choose, it is 4.
+# layout, which another version of Triton may choose, it is 4 or 5.
 SHUFFLES = 0.1
 
 

@@ -143,7 +143,7 @@ def test_draws_are_random(p: float) -> None:
     assert (per_channel - (1 - p)).abs().max() <= 6 * spread / (rows * seqlen) ** 0.5
 
 
-def test_draws_come_from_torchs_generator_and_not_from_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draws_come_from_torchs_generator_and_not_from_threads(monkeypatch: pytest.MonkeyPatch, threads: Any) -> None:
     inputs = _inputs([50, 7, 50, 31] * 5)
     given = _gradients_of_outputs(inputs)
 
@@ -154,12 +154,8 @@ def test_draws_come_from_torchs_generator_and_not_from_threads(monkeypatch: pyte
     first = draw(0)
     assert not torch.equal(draw(1)[0], first[0])
     monkeypatch.setattr(engine, "NUMBERS", 1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        again = draw(0)
-    finally:
-        torch.set_num_threads(before)
+    threads(3)
+    again = draw(0)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 

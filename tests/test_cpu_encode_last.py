@@ -73,7 +73,7 @@ def test_half_precision_is_computed_in_float32(dtype: torch.dtype) -> None:
     )
 
 
-def test_rows_do_not_depend_on_their_batch_nor_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_do_not_depend_on_their_batch_nor_on_threads(monkeypatch: pytest.MonkeyPatch, threads: Any) -> None:
     folded = fold(build(d_model=64)).to(dtype=torch.float32)
     item_ids, lengths = batch(LENGTHS * 3, 24)
     whole = _run(folded, item_ids, lengths)
@@ -82,18 +82,14 @@ def test_rows_do_not_depend_on_their_batch_nor_on_threads(monkeypatch: pytest.Mo
     narrow = _run(folded, item_ids[:, :9], lengths.clamp(max=9))
     assert torch.equal(_run(folded, item_ids, lengths.clamp(max=9)), narrow), "slots behind all rows"
     monkeypatch.setattr(last_scan, "SLICE", 1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        assert torch.equal(_run(folded, item_ids, lengths), whole)
-        found: list[Tensor] = []
-        workers = [threading.Thread(target=lambda: found.append(_run(folded, item_ids, lengths))) for _ in range(8)]
-        for worker in workers:
-            worker.start()
-        for worker in workers:
-            worker.join()
-    finally:
-        torch.set_num_threads(before)
+    threads(3)
+    assert torch.equal(_run(folded, item_ids, lengths), whole)
+    found: list[Tensor] = []
+    workers = [threading.Thread(target=lambda: found.append(_run(folded, item_ids, lengths))) for _ in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
     assert len(found) == 8
     assert all(torch.equal(one, whole) for one in found)
 

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -53,14 +52,6 @@ def _inputs(
 def _check(name: str, values: list[Any]) -> None:
     got, plain, exact = values
     assert_as_good(got, plain, exact, name=name)
-
-
-@pytest.fixture
-def threads() -> Iterator[Any]:
-    """Sets the number of threads, for the test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

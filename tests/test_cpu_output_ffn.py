@@ -91,17 +91,13 @@ def test_inputs_of_any_strides() -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
 
 
-def test_a_row_does_not_depend_on_its_neighbours_or_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_does_not_depend_on_its_neighbours_or_on_threads(monkeypatch: pytest.MonkeyPatch, threads: Any) -> None:
     inputs, dout = _inputs(101), torch.randn(101, 32)
     expected = _results(output_ffn, inputs, dout)
     assert all(torch.equal(a, b) for a, b in zip(_results(output_ffn, inputs, dout), expected, strict=True))
     monkeypatch.setattr(engine, "MULTIPLY_ADDS", 1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        got = _results(output_ffn, inputs, dout)
-    finally:
-        torch.set_num_threads(before)
+    threads(3)
+    got = _results(output_ffn, inputs, dout)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     for row in (0, 50, 100):
         one = slice(row, row + 1)
@@ -154,7 +150,7 @@ def test_with_dropout_it_is_the_reference_of_the_same_draw() -> None:
         assert abs((a * b).mean()) <= 5 * spread**2 / len(a) ** 0.5, "the same draw twice"
 
 
-def test_draws_come_from_torchs_generator_and_not_from_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draws_come_from_torchs_generator_and_not_from_threads(monkeypatch: pytest.MonkeyPatch, threads: Any) -> None:
     inputs, dout = _inputs(50), torch.randn(50, 32)
 
     def draw(seed: int) -> list[Tensor]:
@@ -164,12 +160,8 @@ def test_draws_come_from_torchs_generator_and_not_from_threads(monkeypatch: pyte
     first = draw(0)
     assert not torch.equal(draw(1)[0], first[0])
     monkeypatch.setattr(engine, "MULTIPLY_ADDS", 1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        again = draw(0)
-    finally:
-        torch.set_num_threads(before)
+    threads(3)
+    again = draw(0)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 

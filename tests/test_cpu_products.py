@@ -73,20 +73,17 @@ def test_custom_ops() -> None:
     torch.library.opcheck(products._expand_op, (torch.randn(2, 8, 32, requires_grad=True), *rest))
 
 
-def test_rows_do_not_depend_on_their_batch_nor_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_do_not_depend_on_their_batch_nor_on_threads(monkeypatch: pytest.MonkeyPatch, threads: Any) -> None:
     basis = _basis(50, "fourier", 11).float()
     packed = products.pack(basis, torch.float32)
     x = torch.randn(9, 50, 64)
     whole = products.contract(x, basis, packed, 3)
     assert torch.equal(products.contract(x[4:5], basis, packed, 3)[0], whole[4])
     monkeypatch.setattr(products, "MULTIPLY_ADDS", 1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        assert torch.equal(products.contract(x, basis, packed, 3), whole)
-        bins = products.expand(whole[:, :11], basis, packed)
-    finally:
-        torch.set_num_threads(before)
+    threads(3)
+    assert torch.equal(products.contract(x, basis, packed, 3), whole)
+    bins = products.expand(whole[:, :11], basis, packed)
+    threads(1)
     assert torch.equal(bins, products.expand(whole[:, :11], basis, packed))
 
 

@@ -123,18 +123,14 @@ def test_backward_twice(factor: float) -> None:
             torch.testing.assert_close(leaf.grad, times * gradient)
 
 
-def test_repeats_threads_and_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_repeats_threads_and_batches(monkeypatch: pytest.MonkeyPatch, threads: Any) -> None:
     """Bit-equal again, on more threads, and a row's gradient in another batch."""
     inputs = _inputs(70, 900)
     run = partial(gradients, partial(cross_entropy, reduction="sum"), dy=torch.ones(()))
     first = run(inputs)
     monkeypatch.setattr(engine, "MULTIPLY_ADDS", 1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        again = run(inputs)
-    finally:
-        torch.set_num_threads(before)
+    threads(3)
+    again = run(inputs)
     for a, b in zip(first, again, strict=True):
         assert torch.equal(a, b)
     alone = run([inputs[0][9:10], inputs[1], inputs[2][9:10]])

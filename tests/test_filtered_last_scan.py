@@ -105,16 +105,12 @@ def test_nothing_as_large_as_the_convolution_is_made() -> None:
     assert max(kept) < 5 * 200 * 64
 
 
-def test_a_row_does_not_depend_on_its_neighbours_or_on_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_row_does_not_depend_on_its_neighbours_or_on_threads(monkeypatch: pytest.MonkeyPatch, threads: Any) -> None:
     inputs, basis, lengths, dy = _inputs(50), _basis(50), _lengths(50), torch.randn(5, 32)
     expected = gradients(partial(_call, filtered_last_scan, basis, lengths, 1), inputs, dy)
-    before = torch.get_num_threads()
     monkeypatch.setattr(engine, "SLICE", 1)
-    try:
-        torch.set_num_threads(3)
-        got = gradients(partial(_call, filtered_last_scan, basis, lengths, 1), inputs, dy)
-    finally:
-        torch.set_num_threads(before)
+    threads(3)
+    got = gradients(partial(_call, filtered_last_scan, basis, lengths, 1), inputs, dy)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
     single = [inputs[0][3:4], *inputs[1:-1], inputs[-1][3:4]]
     y, dx, *_ = gradients(partial(_call, filtered_last_scan, basis, lengths[3:4], 1), single, dy[3:4])

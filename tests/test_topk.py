@@ -9,7 +9,6 @@ import os
 import random
 import signal
 import threading
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -37,15 +36,12 @@ both_ways = pytest.mark.usefixtures("way")
 
 
 @pytest.fixture
-def finely_sliced(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def finely_sliced(monkeypatch: pytest.MonkeyPatch, threads: Any) -> None:
     """Every row may go to another thread."""
     from fastm2rec.cpu import top_k as launch
 
     monkeypatch.setattr(launch, "LOOKED_AT", 1)
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    yield
-    torch.set_num_threads(before)
+    threads(3)
 
 
 def _same(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> bool:
