@@ -10,13 +10,13 @@ from numba import njit
 
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
 
-part = njit(**_OPTIONS)
-inline = njit(forceinline=True, **_OPTIONS)
 # numba counts references to every array of every call, atomically: a call with twenty arrays costs 150 ns, as much as
-# its arithmetic on a few rows. Without, nothing may be allocated, nor an array returned, here or in what this is the
-# first to call.
+# its arithmetic on a few rows. A part counts none, so it must neither allocate nor return an array: an owner may.
 _BORROWS: dict[str, Any] = {**_OPTIONS, "_nrt": False}
-borrower = njit(**_BORROWS)
+
+part = njit(**_BORROWS)
+inline = njit(forceinline=True, **_BORROWS)
+owner = njit(**_OPTIONS)
 
 
 def entry(function):

@@ -19,7 +19,7 @@ from typing import NamedTuple
 import numpy as np
 from numba.extending import register_jitable
 
-from .compiler import borrower, entry
+from .compiler import entry, part
 from .elementary import LOG2_E, exp2
 from .simd import HALF, LANES, full, load, store, where_less
 from .slices import sliced
@@ -93,7 +93,7 @@ def transpose(query, out, rows, dim, wide):
             out[c * wide + r] = query[r * dim + c] if r < rows else 0.0
 
 
-@borrower
+@part
 def _exponentials(piece, place, count, block):
     """exp(s - m) in place of the `count` items' scores from `place`; m, and the sums."""
     wide, scores = piece.wide, piece.scores
@@ -154,7 +154,7 @@ def normalise(piece, scale):
     return loss * scale
 
 
-@borrower
+@part
 def _subtract(scale, x, start, dim, out, to):
     """out[to : to + dim] -= scale x[start : start + dim]."""
     for c in range(0, dim, LANES):

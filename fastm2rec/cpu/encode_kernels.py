@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .compiler import borrower, part
+from .compiler import part
 from .elementary import gelu, sigmoid
 from .parts import (
     ROWS,
@@ -172,7 +172,7 @@ def _known(ids, start, length, seqlen, n_items):
     return True
 
 
-@borrower
+@part
 def _scan_row(ids, start, n, shape, table, filter, head, w, transposed, one, x, bins, done, u, scan):
     """Items to the scan's state."""
     wide = padded(shape.dim)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numba.extending import register_jitable
 
-from .compiler import entry, inline, part
+from .compiler import entry, inline, owner, part
 from .elementary import LOG2_E, exp2, forgotten, sigmoid, softplus
 from .simd import LANES, at, full, least, load, store
 
@@ -67,7 +67,7 @@ def write(row, start, size, out, place):
         out[place + i] = row[start + i]
 
 
-@part
+@owner
 def as_weights(flat, dim, dstate, dt_rank):
     wide = padded(dim)
     x_proj = (dt_rank + 2 * dstate) * wide
@@ -233,7 +233,7 @@ def scan_size(dim, dstate, dt_rank):
     return (ROWS + 4) * padded(dim) + ROWS * (padded(dt_rank + dstate) + dstate + 4 * LANES) + padded(dstate)
 
 
-@part
+@owner
 def as_scan(flat, dim, dstate, dt_rank):
     wide = padded(dim)
     raw = ROWS * wide

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numba.extending import register_jitable
 
-from .compiler import borrower
+from .compiler import part
 from .parts import write
 from .simd import LANES, full, load, store
 from .slices import sliced
@@ -42,7 +42,7 @@ def scratch_size(products):
     return (products.columns + products.positions.size) * products.dim
 
 
-@borrower
+@part
 def _fold(x, start, positions, classes, orbits, dim, out):
     """The fold of x from x[start:]."""
     for t in range(orbits):
@@ -68,7 +68,7 @@ def _fold(x, start, positions, classes, orbits, dim, out):
                 store(out, (3 * orbits + t) * dim + c, s)
 
 
-@borrower
+@part
 def contract_row(x, start, products, extra, bins, folded, out, to):
     """V^T x of one row from x[start:] to out[to:]; scratch bins [columns * dim] and folded [slots * dim]."""
     dim, columns = products.dim, products.columns
@@ -81,7 +81,7 @@ def contract_row(x, start, products, extra, bins, folded, out, to):
     write(x, start + (products.seqlen - extra) * dim, extra * dim, out, to + products.kept * dim)
 
 
-@borrower
+@part
 def expand_row(x, start, products, extra, bins, out, to):
     """V x of one row's bins from x[start:] to out[to:]; scratch bins [columns * dim]."""
     dim, columns = products.dim, products.columns
@@ -101,14 +101,14 @@ def expand_row(x, start, products, extra, bins, out, to):
         store(out, ends + c, load(out, ends + c) + load(x, start + products.kept * dim + c))
 
 
-@borrower
+@part
 def _contracted(x, products, extra, bins, folded, out, first, last):
     size, from_ = (products.kept + extra) * products.dim, products.seqlen * products.dim
     for b in range(first, last):
         contract_row(x, b * from_, products, extra, bins, folded, out, b * size)
 
 
-@borrower
+@part
 def _expanded(x, products, extra, bins, out, first, last):
     size, to = (products.kept + extra) * products.dim, products.seqlen * products.dim
     for b in range(first, last):
@@ -128,14 +128,14 @@ def expanded(first, last, scratch, x, out, products, extra):
     _expanded(x, products, extra, scratch[: products.columns * products.dim], out, first, last)
 
 
-@borrower
+@part
 def contract_small_row(x, start, basis, seqlen, kept, extra, dim, out, to):
     """As `contract_row`, of a basis [seqlen, kept]."""
     multiply(basis, 0, 1, kept, kept, x, start, dim, dim, seqlen, out, to, dim, False)
     write(x, start + (seqlen - extra) * dim, extra * dim, out, to + kept * dim)
 
 
-@borrower
+@part
 def expand_small_row(x, start, basis, seqlen, kept, extra, dim, out, to):
     """As `expand_row`, of a basis [seqlen, kept]."""
     multiply(basis, 0, kept, 1, seqlen, x, start, dim, dim, kept, out, to, dim, False)
@@ -144,13 +144,13 @@ def expand_small_row(x, start, basis, seqlen, kept, extra, dim, out, to):
         store(out, ends + c, load(out, ends + c) + load(x, start + kept * dim + c))
 
 
-@borrower
+@part
 def _contract_plainly(x, basis, seqlen, kept, extra, dim, out, first, last):
     for b in range(first, last):
         contract_small_row(x, b * seqlen * dim, basis, seqlen, kept, extra, dim, out, b * (kept + extra) * dim)
 
 
-@borrower
+@part
 def _expand_plainly(x, basis, seqlen, kept, extra, dim, out, first, last):
     for b in range(first, last):
         expand_small_row(x, b * (kept + extra) * dim, basis, seqlen, kept, extra, dim, out, b * seqlen * dim)

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from numba.extending import register_jitable
 
-from .compiler import borrower, inline
+from .compiler import inline, part
 from .elementary import LOG2_E, decay, sigmoid
 from .parts import accumulate, fill, quad, store_quad
 from .selective_scan_kernels import BLOCK, FIELDS, checkpoint, step_size
@@ -44,7 +44,7 @@ def _before(x, row, t, place, checkpoints):
     return full(x.u, 0.0)
 
 
-@borrower
+@part
 def _states(x, row, c, t, rows, checkpoints, dh, records, kept, dB, dC, sums, lost):
     """All states of a tile through `rows` positions, forth and back: dh goes on, and all sums grow."""
     for n in range(0, x.dstate, 2):
@@ -83,7 +83,7 @@ def _states(x, row, c, t, rows, checkpoints, dh, records, kept, dB, dC, sums, lo
         accumulate(sums, lost, second, dA1)
 
 
-@borrower
+@part
 def _begin(x, c, t, rows, dy, records):
     """The records of a tile's positions: dt, w, gy, y before the gate, dw, A . q log2(e), softplus', dy silu'(z).
 
@@ -105,7 +105,7 @@ def _begin(x, c, t, rows, dy, records):
         store(records, here + 6 * LANES, slope)
 
 
-@borrower
+@part
 def _end(x, c, t, rows, records, du, ddelta, dz, sums, lost):
     """What the records have become, as gradients."""
     D = load(x.D, c)
@@ -125,7 +125,7 @@ def _end(x, c, t, rows, records, du, ddelta, dz, sums, lost):
     accumulate(sums, lost, (x.dstate + 1) * x.dim + c, dbias)
 
 
-@borrower
+@part
 def _sum_channels(quarters, rows, dstate, summed, out, start):
     """out [rows, dstate] from `start` on = the sums over the last axis of [dstate / 2, BLOCK, 2, LANES / 4]."""
     for j in range(0, BLOCK * dstate, HALF):

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 from numba.extending import register_jitable
 
-from .compiler import borrower, inline
+from .compiler import inline, part
 from .elementary import decay, sigmoid, softplus
 from .selective_scan import BLOCK
 from .simd import LANES, at, full, load, store
@@ -73,7 +73,7 @@ def forward_scratch(dstate):
     return (dstate + BLOCK * FIELDS) * LANES
 
 
-@borrower
+@part
 def _advance(x, c, n, t, rows, h, records):
     """`rows` positions of the states n and n + 1 of a tile: h goes on, and y in the records grows."""
     a0, a1 = load(x.A, n * x.dim + c), load(x.A, (n + 1) * x.dim + c)
@@ -89,7 +89,7 @@ def _advance(x, c, n, t, rows, h, records):
     store(h, (n + 1) * LANES, h1)
 
 
-@borrower
+@part
 def _tile(x, row, c, h, records, y, checkpoints):
     """y of one tile of channels of a sequence, from h on, which is its last state in the end."""
     start, end = x.starts[row], x.starts[row + 1]

@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import types
 from numba.core import cgutils
 
-from .compiler import borrower
+from .compiler import part
 from .simd import HALF, LANES, address, intrinsic
 
 # With 32 registers 6 x 4 of them are sums, with 16 there are 6 x 2; the others hold b and what is read of a.
@@ -87,7 +87,7 @@ def _covering(columns: int) -> Any:
     """What covers so many columns of a product, and any number of its rows."""
     tile, four, two, row = (products(rows, columns) for rows in (ROWS, 4, 2, 1))
 
-    @borrower
+    @part
     def cover(a, from_, a_row, a_step, rows, b, at, b_step, depth, out, to, out_row, more):
         i = 0
         while i + ROWS <= rows:
@@ -108,7 +108,7 @@ def _covering(columns: int) -> Any:
 _wide, _narrow = _covering(COLUMNS), _covering(LANES)
 
 
-@borrower
+@part
 def multiply(a, from_, a_row, a_step, rows, b, at, b_step, columns, depth, out, to, out_row, more):
     """out [rows, columns] = a [rows, depth] b [depth, columns], or that much more; columns a multiple of LANES.
 
@@ -156,7 +156,7 @@ def _transpose_block(typingctx, x, start, x_row, out, to, out_row):
     return types.void(x, size, size, out, size, size), codegen
 
 
-@borrower
+@part
 def transpose(x, rows, columns, out, to):
     """x [rows, columns] as [columns, rows] to out[to:]; both are multiples of HALF."""
     for i in range(0, rows, HALF):

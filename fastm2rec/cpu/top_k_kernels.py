@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from .compiler import borrower, entry, inline
+from .compiler import entry, inline, part
 from .simd import LANES, above, at, bits_set, load, lowest_bit, store, total, where_less, widened
 from .slices import sliced
 
@@ -24,7 +24,7 @@ def _behind(values, ids, place, value, item):
     return own < value or (own == value and at(ids, place) > item)
 
 
-@borrower
+@part
 def _sift(values, ids, base, count, place, value, item):
     """Put an entry at `place` of a heap of `count` entries from `base`, or as far below as it belongs."""
     child = 2 * place + 1
@@ -39,13 +39,13 @@ def _sift(values, ids, base, count, place, value, item):
     values[base + place], ids[base + place] = value, item
 
 
-@borrower
+@part
 def _heapify(values, ids, base, count):
     for place in range(count // 2 - 1, -1, -1):
         _sift(values, ids, base, count, place, at(values, base + place), at(ids, base + place))
 
 
-@borrower
+@part
 def _put(values, ids, base, count, candidates, value, item):
     """Put an entry into a heap, in the place of the worst one if it is full; how many it has then."""
     if count == candidates:
@@ -57,7 +57,7 @@ def _put(values, ids, base, count, candidates, value, item):
     return count + 1
 
 
-@borrower
+@part
 def _bound(scores, begin, columns, candidates, memory):
     """A score that at least as many items are above as there are candidates; NaN if none is at hand.
 
@@ -80,7 +80,7 @@ def _bound(scores, begin, columns, candidates, memory):
     return bound
 
 
-@borrower
+@part
 def _take(scores, begin, columns, start, values, ids, base, candidates, memory):
     """Take a row's scores of the items from id `start` into its heap; how many NaN are among them."""
     nan, count = 0, min(start - 1, candidates)
@@ -108,7 +108,7 @@ def _take(scores, begin, columns, start, values, ids, base, candidates, memory):
     return nan
 
 
-@borrower
+@part
 def _dot(query, q, weight, w, dim):
     """The product of two rows in float64, summed in an order that depends on `dim` alone."""
     whole = dim // LANES * LANES
@@ -123,7 +123,7 @@ def _dot(query, q, weight, w, dim):
     return result
 
 
-@borrower
+@part
 def _finish(row, values, ids, candidates, query, weight, dim, scores, items, k):
     """Score a row's candidates again, id 0 being none, and write the k best of them; how many scores are NaN."""
     nan, base = 0, row * candidates
