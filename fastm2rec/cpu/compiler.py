@@ -8,15 +8,12 @@ from typing import Any
 
 from numba import njit
 
-_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy"}
+# numba counts references to every array in every call, atomically: a call with twenty arrays costs 150 ns, as much as its
+# arithmetic on a few rows. Nothing here is counted, so nothing may be allocated: what a kernel needs it is given.
+_OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "_nrt": False}
 
-# numba counts references to every array of every call, atomically: a call with twenty arrays costs 150 ns, as much as
-# its arithmetic on a few rows. A part counts none, so it must neither allocate nor return an array: an owner may.
-_BORROWS: dict[str, Any] = {**_OPTIONS, "_nrt": False}
-
-part = njit(**_BORROWS)
-inline = njit(forceinline=True, **_BORROWS)
-owner = njit(**_OPTIONS)
+part = njit(**_OPTIONS)
+inline = njit(forceinline=True, **_OPTIONS)
 
 
 def entry(function):

@@ -88,7 +88,8 @@ def scratch_size(shape: Shape) -> int:
     """Elements that `encode` needs."""
     wide, d, hidden = padded(shape.dim), padded(shape.d_model), padded(shape.hidden)
     scan = scan_size(shape.dim, shape.dstate, shape.dt_rank)
-    return (shape.slots + shape.columns + 1 + 3 * ROWS) * wide + scan + ROWS * (4 * d + hidden)
+    rows = (shape.slots + shape.columns + 1 + 3 * ROWS) * wide + ROWS * (4 * d + hidden)
+    return rows + scan + ROWS + (shape.slots + GROUP - 1) // GROUP
 
 
 @part
@@ -212,12 +213,14 @@ def encode(
     size = scan_size(shape.dim, shape.dstate, shape.dt_rank)
     scan, scratch = as_scan(scratch[:size], shape.dim, shape.dstate, shape.dt_rank), scratch[size:]
     h, mixed, scratch = scratch[: ROWS * d], scratch[ROWS * d : 2 * ROWS * d], scratch[2 * ROWS * d :]
-    gates, hidden = scratch[: 2 * ROWS * d], scratch[2 * ROWS * d :]
-    last_ids = np.zeros(ROWS, np.int64)
-    done = np.zeros((shape.slots + GROUP - 1) // GROUP, np.uint8)
+    gates, scratch = scratch[: 2 * ROWS * d], scratch[2 * ROWS * d :]
+    hidden, integers = scratch[: ROWS * padded(shape.hidden)], scratch[ROWS * padded(shape.hidden) :].view(np.int32)
+    last_ids, done = integers[:ROWS], integers[ROWS:]
     fill(one, 0, wide, 1)
     fill(y, 0, ROWS * wide, 0)
     fill(z, 0, ROWS * wide, 0)
+    for i in range(ROWS):
+        last_ids[i] = 0
     for group in range(first, last, ROWS):
         count = min(ROWS, last - group)
         for i in range(count):

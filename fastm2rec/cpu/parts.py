@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numba.extending import register_jitable
 
-from .compiler import entry, inline, owner, part
+from .compiler import entry, inline, part
 from .elementary import LOG2_E, exp2, forgotten, sigmoid, softplus
 from .simd import LANES, at, full, least, load, store
 
@@ -67,7 +67,7 @@ def write(row, start, size, out, place):
         out[place + i] = row[start + i]
 
 
-@owner
+@part
 def as_weights(flat, dim, dstate, dt_rank):
     wide = padded(dim)
     x_proj = (dt_rank + 2 * dstate) * wide
@@ -224,16 +224,17 @@ class Scan(NamedTuple):
     gains: np.ndarray  # g
     kernels: np.ndarray  # sum_n C B X
     rates: np.ndarray  # sum_n C B A X
-    states: np.ndarray  # int64 [E / LANES, 1 + dstate]: how many states of a tile still remember, and which
+    states: np.ndarray  # int32 [E / LANES, 1 + dstate]: how many states of a tile still remember, and which
 
 
 @register_jitable
 def scan_size(dim, dstate, dt_rank):
     """Elements of `Scan`."""
-    return (ROWS + 4) * padded(dim) + ROWS * (padded(dt_rank + dstate) + dstate + 4 * LANES) + padded(dstate)
+    sums = (ROWS + 4) * padded(dim) + ROWS * (padded(dt_rank + dstate) + dstate + 4 * LANES) + padded(dstate)
+    return sums + padded(dim) // LANES * (1 + dstate)
 
 
-@owner
+@part
 def as_scan(flat, dim, dstate, dt_rank):
     wide = padded(dim)
     raw = ROWS * wide
@@ -241,6 +242,7 @@ def as_scan(flat, dim, dstate, dt_rank):
     projected = carried + ROWS * padded(dt_rank + dstate)
     C = projected + padded(dstate)
     CB = C + ROWS * dstate
+    rates = CB + 4 * ROWS * LANES
     return Scan(
         flat[:raw],
         flat[raw:carried],
@@ -250,8 +252,8 @@ def as_scan(flat, dim, dstate, dt_rank):
         flat[CB : CB + ROWS * LANES],
         flat[CB + ROWS * LANES : CB + 2 * ROWS * LANES],
         flat[CB + 2 * ROWS * LANES : CB + 3 * ROWS * LANES],
-        flat[CB + 3 * ROWS * LANES : CB + 4 * ROWS * LANES],
-        np.empty(wide // LANES * (1 + dstate), np.int64),
+        flat[CB + 3 * ROWS * LANES : rates],
+        flat[rates : rates + wide // LANES * (1 + dstate)].view(np.int32),
     )
 
 

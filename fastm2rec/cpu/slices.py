@@ -31,7 +31,7 @@ from numba import types
 from numba.core import cgutils
 from numba.np.arrayobj import populate_array
 
-from .compiler import entry, owner
+from .compiler import entry, part
 from .simd import address, intrinsic
 
 
@@ -91,7 +91,7 @@ def sliced(kernel: Any) -> Any:
         co_filename=kernel.__code__.co_filename, co_firstlineno=kernel.__code__.co_firstlineno,
         co_name=kernel.__name__, co_qualname=kernel.__qualname__,
     )  # fmt: skip
-    caller = FunctionType(code, {"_slices": _slices_of(owner(kernel)), "__name__": kernel.__module__})
+    caller = FunctionType(code, {"_slices": _slices_of(part(kernel)), "__name__": kernel.__module__})
     caller.__doc__ = kernel.__doc__
     return entry(caller)
 
