@@ -42,7 +42,7 @@ from .parts import (
     write,
 )  # fmt: skip
 from .product_kernels import contract_row, expand_row, scratch_size
-from .simd import HALF, LANES, at, folded, full, load, load_half, store, totals
+from .simd import HALF, LANES, at, folded, full, load, load_half, put, store, totals
 from .slices import sliced
 
 GROUP = 8  # rows of the batch whose parameter gradients are summed together
@@ -240,10 +240,10 @@ def backward(
         steps = (length + stride - 1) // stride
         fill(s, 0, 2 * wide, 0)
         for e in range(dim):
-            s[e] = dy[b * dim + order[e]]
+            put(s, e, at(dy, b * dim + at(order, e)))
         if has_z:
             for e in range(dim):
-                s[wide + e] = z[b * dim + order[e]]
+                put(s, wide + e, at(z, b * dim + at(order, e)))
             for c in range(0, wide, LANES):
                 gate = load(s, wide + c)
                 store(s, 2 * wide + c, load(s, c))
@@ -268,7 +268,7 @@ def backward(
             fill(block, rows * wide, ROWS * wide, 0)
             for i in range(rows):
                 for j in range(count):
-                    low[i * columns + j] = low_rank[(b * slots + k + i) * count + j]
+                    put(low, i * columns + j, at(low_rank, (b * slots + k + i) * count + j))
             if k == 0:
                 project_one(block, transposed_C, dim, states, C)
                 for c in range(0, wide, LANES):
@@ -277,12 +277,12 @@ def backward(
             step_sizes(low, columns, w, rows, dim, dt_rank, raw)
             for i in range(rows):
                 for n in range(dstate):
-                    CB[i * dstate + n] = C[n] * low[i * columns + dt_rank + n]
+                    put(CB, i * dstate + n, at(C, n) * at(low, i * columns + dt_rank + n))
             fill(CB, rows * dstate, ROWS * dstate, 0)
             fill(in_halves, 0, ROWS * dstate * HALF, 0)
             for c in range(0, wide, LANES):
                 alive = c // LANES * (1 + dstate)
-                left = scan.states[alive]
+                left = at(scan.states, alive)
                 if left == 0:
                     for i in range(rows):
                         place = 4 * ((k + i) * wide + c)
@@ -294,12 +294,14 @@ def backward(
                 )  # fmt: skip
             _sum_blocks(in_halves, rows * dstate, summed)
             for n in range(dstate):
-                value = low[dt_rank + n] * summed[n]
+                value = at(low, dt_rank + n) * at(summed, n)
                 for i in range(1, rows):
-                    value += low[i * columns + dt_rank + n] * summed[i * dstate + n]
-                dC[n], dC[states + n] = added(value, dC[n], dC[states + n])
+                    value += at(low, i * columns + dt_rank + n) * at(summed, i * dstate + n)
+                new, lost = added(value, at(dC, n), at(dC, states + n))
+                put(dC, n, new)
+                put(dC, states + n, lost)
                 for i in range(rows):
-                    low[i * columns + dt_rank + n] = C[n] * summed[i * dstate + n]
+                    put(low, i * columns + dt_rank + n, at(C, n) * at(summed, i * dstate + n))
             if (k + ROWS) % CHUNK == 0 or k + ROWS >= steps:
                 for c in range(0, dstate * wide, LANES):
                     accumulate(into.A, lost_by.A, c, load(dA, c))
@@ -315,7 +317,7 @@ def backward(
                 slope_z = open_ * (1.0 + gate * (1.0 - open_))
                 store(s, 3 * wide + c, load(s, 2 * wide + c) * load(carried, 4 * c + LANES) * slope_z)
             for e in range(dim):
-                dz[b * dim + order[e]] = s[3 * wide + e]
+                put(dz, b * dim + at(order, e), at(s, 3 * wide + e))
         for t in range(seqlen):
             if t >= length or (length - 1 - t) % stride or (length - 1 - t) // stride >= seen:
                 fill(target, oldest + t * dim, oldest + (t + 1) * dim, 0)
@@ -344,7 +346,7 @@ def backward(
             _sum_blocks(in_halves, rows * dt_rank, summed)
             for i in range(rows):
                 for r in range(dt_rank):
-                    projected[(k + i) * columns + r] = summed[i * dt_rank + r]
+                    put(projected, (k + i) * columns + r, at(summed, i * dt_rank + r))
         for c in range(0, wide, LANES):
             gradient = load(kept, 4 * c) + load(w.D, c) * load(s, c)
             for n in range(dstate):

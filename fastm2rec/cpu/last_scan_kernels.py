@@ -41,6 +41,7 @@ from .parts import (
     start_scan,
 )
 from .product_kernels import expand_row
+from .simd import at, put
 from .slices import sliced
 
 
@@ -93,14 +94,14 @@ def forward(
             if low_rank.size > 0:
                 for i in range(rows):
                     for j in range(kept):
-                        low_rank[left_out] = scan.projected[i * columns + j]
+                        put(low_rank, left_out, at(scan.projected, i * columns + j))
                         left_out += 1
         fill(low_rank, left_out, min((b + 1) * slots * kept, low_rank.size), 0)
         scanned(scan, wide, value, 0)
         fill(gate, 0, wide, 1)
         if has_z:
             for e in range(dim):
-                gate[e] = z[b * dim + order[e]]
+                put(gate, e, at(z, b * dim + at(order, e)))
             silu(gate, wide)
         for e in range(dim):
-            y[b * dim + order[e]] = gate[e] * value[e]
+            put(y, b * dim + at(order, e), at(gate, e) * at(value, e))

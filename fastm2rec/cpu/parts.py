@@ -12,7 +12,7 @@ from numba.extending import register_jitable
 
 from .compiler import entry, inline, part
 from .elementary import LOG2_E, exp2, forgotten, sigmoid, softplus
-from .simd import LANES, at, full, least, load, store
+from .simd import LANES, at, full, least, load, put, store
 
 ROWS = 8  # positions at a time
 
@@ -261,9 +261,9 @@ def as_scan(flat, dim, dstate, dt_rank):
 def start_scan(scan, wide, dstate):
     fill(scan.carried, 0, 4 * wide, 0)
     for tile in range(wide // LANES):
-        scan.states[tile * (1 + dstate)] = dstate
+        put(scan.states, tile * (1 + dstate), dstate)
         for n in range(dstate):
-            scan.states[tile * (1 + dstate) + 1 + n] = n
+            put(scan.states, tile * (1 + dstate) + 1 + n, n)
 
 
 @part
@@ -277,12 +277,12 @@ def forget(scan, w, wide, dstate):
         T = least(load(scan.carried, 4 * tile * LANES))
         first = tile * (1 + dstate)
         count = 0
-        for j in range(scan.states[first]):
-            n = scan.states[first + 1 + j]
+        for j in range(at(scan.states, first)):
+            n = at(scan.states, first + 1 + j)
             if not forgotten(at(w.slowest, tile * dstate + n) * T):
                 count += 1
-                scan.states[first + count] = n
-        scan.states[first] = count
+                put(scan.states, first + count, n)
+        put(scan.states, first, count)
         left += count
     return left > 0
 
@@ -304,10 +304,10 @@ def scan_block(u, rows, first, w, transposed, scan, dim, dstate, dt_rank):
     fill(scan.raw, rows * wide, ROWS * wide, 0)  # no position, no time
     for i in range(ROWS):
         for n in range(dstate):
-            scan.CB[i * dstate + n] = scan.C[n] * scan.projected[i * columns + dt_rank + n]
+            put(scan.CB, i * dstate + n, at(scan.C, n) * at(scan.projected, i * columns + dt_rank + n))
     for c in range(0, wide, LANES):
         first_state = c // LANES * (1 + dstate) + 1
-        count = scan.states[first_state - 1]
+        count = at(scan.states, first_state - 1)
         if count > 0:
             _scan_tile(u, c, rows, wide, w.A, scan, first_state, count, dstate)
 

@@ -211,6 +211,16 @@ def at(typingctx, array, index):
 
 
 @intrinsic
+def put(typingctx, array, index, value):
+    """array[index] = value, a number of the array's dtype; the index is not negative."""
+
+    def codegen(context, builder, signature, arguments):
+        builder.store(arguments[2], address(context, builder, signature.args[0], *arguments[:2]))
+
+    return types.void(array, types.intp, array.dtype), codegen
+
+
+@intrinsic
 def full(typingctx, array, value):
     """Lanes of the array's dtype, each of them `value`."""
     lanes = Lanes(array.dtype)
