@@ -6,7 +6,7 @@ Parameters, their names, shapes and start values are those of `fastm2rec.referen
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +18,8 @@ from .reference.last_scan import slowest_first
 from .reference.mamba import Mamba as ReferenceMamba
 from .reference.positions import take
 from .spectral import SpectralFilter
+
+Linear: TypeAlias = tuple[Tensor, Tensor | None]  # weight and bias
 
 
 class Mamba(ReferenceMamba):
@@ -53,8 +55,9 @@ class Mamba(ReferenceMamba):
         """
         if filter is not None and not inner:  # z needs the filtered sequence at every position, too
             x, filter = filter(x, lengths, impl), None
-        u = self._convolved(x, lengths, filter, inner, "silu", impl).transpose(1, 2)
-        z = F.linear(x, *self._half(1))
+        makes_u, makes_z = self._halves()
+        u = self._convolved(x, lengths, filter, inner, makes_u, "silu", impl).transpose(1, 2)
+        z = F.linear(x, *makes_z)
         delta, B, C = self.x_proj(u.transpose(1, 2)).split([self.dt_rank, self.d_state, self.d_state], dim=-1)
         y = ops.selective_scan(
             u,
@@ -94,12 +97,13 @@ class Mamba(ReferenceMamba):
         """
         if filter is not None and not inner:
             newest = filter.last(x, lengths)
-        z = F.linear(newest, *self._half(1))
+        makes_u, makes_z = self._halves()
+        z = F.linear(newest, *makes_z)
         gate = None if self.scan_norm else z
         if silu_in_scan(impl, x.device):
-            y = self._last_scan(x, gate, lengths, filter, inner, stride, impl)
+            y = self._last_scan(x, gate, lengths, filter, inner, makes_u, stride, impl)
         else:
-            u = self._convolved(x, lengths, filter, inner, "silu", impl)
+            u = self._convolved(x, lengths, filter, inner, makes_u, "silu", impl)
             y = self._last_state(u, gate, lengths, stride, impl)
         if self.scan_norm:
             y = self.norm(y) * F.silu(z)
@@ -112,6 +116,7 @@ class Mamba(ReferenceMamba):
         lengths: Tensor,
         filter: SpectralFilter | None,
         inner: bool,
+        makes_u: Linear,
         stride: int,
         impl: str,
     ) -> Tensor:
@@ -121,13 +126,13 @@ class Mamba(ReferenceMamba):
         if filter is not None and inner and filter.multiplies(x.shape[1]):
             basis, gain = filter.columns(x, lengths)
             return ops.filtered_last_scan(
-                x, lengths, basis, gain, *self._input_weights(None), x_proj, dt_proj, dt_bias, A, self.D, z, stride,
-                impl=impl,
+                x, lengths, basis, gain, *self._input_weights(makes_u, None), x_proj, dt_proj, dt_bias, A, self.D, z,
+                stride, impl=impl,
             )  # fmt: skip
         # The scan skips what a whole tile of channels has forgotten, so it gets them in the order of their decay: that
         # is cheap to do to the weights.
         order = slowest_first(A, dt_bias)
-        p = self._convolved(x, lengths, filter, inner, None, impl, order)
+        p = self._convolved(x, lengths, filter, inner, makes_u, None, impl, order)
         return ops.last_scan(p, x_proj, dt_proj, dt_bias, A, self.D, z, lengths, stride, order, impl=impl)
 
     def _last_state(self, u: Tensor, z: Tensor | None, lengths: Tensor, stride: int, impl: str) -> Tensor:
@@ -149,11 +154,11 @@ class Mamba(ReferenceMamba):
             impl=impl,
         )
 
-    def _half(self, which: int) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of the part of in_proj that makes u (0) or z (1)."""
-        rows = slice(which * self.d_inner, (which + 1) * self.d_inner)
-        bias = self.in_proj.bias
-        return self.in_proj.weight[rows], None if bias is None else bias[rows]
+    def _halves(self) -> tuple[Linear, Linear]:
+        """The parts of in_proj that make u and z."""
+        u, z = self.in_proj.weight.chunk(2)
+        bias_u, bias_z = (None, None) if self.in_proj.bias is None else self.in_proj.bias.chunk(2)
+        return (u, bias_u), (z, bias_z)
 
     def _state_matrix(self) -> Tensor:
         """The state matrix (dim, dstate), negative, float32 at least."""
@@ -163,9 +168,11 @@ class Mamba(ReferenceMamba):
         """Step sizes before bias and softplus, [B, L, dt_rank] to (B, dim, L)."""
         return F.linear(low_rank, self.dt_proj.weight).transpose(1, 2)
 
-    def _input_weights(self, order: Tensor | None) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+    def _input_weights(
+        self, makes_u: Linear, order: Tensor | None
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
         """Weight and bias of what makes u, then of the convolution, their channels in this order."""
-        in_weight, in_bias = self._half(0)
+        in_weight, in_bias = makes_u
         weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
         if order is None:
             return in_weight, in_bias, weight, bias
@@ -178,6 +185,7 @@ class Mamba(ReferenceMamba):
         lengths: Tensor,
         filter: SpectralFilter | None,
         inner: bool,
+        makes_u: Linear,
         activation: Literal["silu"] | None,
         impl: str,
         order: Tensor | None = None,
@@ -186,7 +194,7 @@ class Mamba(ReferenceMamba):
 
         Channel e of it is channel `order[e]` of the block, where an order is given.
         """
-        in_weight, in_bias, weight, bias = self._input_weights(order)
+        in_weight, in_bias, weight, bias = self._input_weights(makes_u, order)
         if filter is not None:
             return filter.project(x, lengths, in_weight, in_bias, weight, bias, inner, activation, impl)
         u = F.linear(x, in_weight, in_bias).transpose(1, 2)

@@ -9,11 +9,10 @@ from typing import Any
 
 from llvmlite import ir
 from numba.core import cgutils
-from numba.core.codegen import get_host_cpu_features
 
-from .simd import intrinsic
+from .simd import FEATURES, intrinsic
 
-AVAILABLE = {"+avx512f", "+avx512dq"} <= set(get_host_cpu_features().split(","))
+AVAILABLE = {"+avx512f", "+avx512dq"} <= FEATURES
 
 _REGISTER = 16  # numbers
 _WORD = ir.IntType(32)

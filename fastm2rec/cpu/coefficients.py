@@ -17,14 +17,12 @@ from .products import LEAST, MULTIPLY_ADDS, Products, as_arrays, whole_lanes
 from .threads import run
 
 
-def _filter(
-    basis: Tensor, products: Products, conv_weight: Tensor, conv_bias: Tensor | None, has_bias: bool, channels: int
-) -> Any:
+def _filter(basis: Tensor, products: Products, conv_weight: Tensor, conv_bias: Tensor | None, channels: int) -> Any:
     from . import coefficients_kernels as kernels
 
     dtype, (dim, width) = conv_weight.dtype, conv_weight.shape
     response = response_of(*basis.shape, width, dtype) @ conv_weight.t()
-    offsets = basis.sum(dim=0) if has_bias else None
+    offsets = None if conv_bias is None else basis.sum(dim=0)
     return kernels.Filter(
         as_flat(basis, dtype), as_arrays(products, channels, dtype), basis.numel() < LEAST, as_flat(response, dtype),
         as_flat(conv_bias, dtype), as_flat(offsets, dtype), dim, width,
@@ -41,13 +39,14 @@ def _grain(filter: Any) -> int:
 def launch_forward(
     x: Tensor, basis: Tensor, products: Products, weight: Tensor, bias: Tensor | None, ones: Tensor | None,
     conv_weight: Tensor, conv_bias: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """e [B, R + width - 1, C], its channels padded to whole Lanes; h [B, R + width - 1, E]; and c [B, R, E]."""
+) -> tuple[Tensor, Tensor, Tensor, Any]:  # fmt: skip
+    """e [B, R + width - 1, C], its channels padded to whole Lanes; h [B, R + width - 1, E]; c [B, R, E]; and what
+    `launch_backward` takes."""
     from . import coefficients_kernels as kernels
 
     x, weight, dtype = whole_lanes(x), whole_lanes(weight), x.dtype
     (batch, _, channels), (dim, width), kept = x.shape, conv_weight.shape, basis.shape[1]
-    filter = _filter(basis, products, conv_weight, conv_bias, conv_bias is not None, channels)
+    filter = _filter(basis, products, conv_weight, conv_bias, channels)
     e = torch.empty(batch, kept + width - 1, channels, dtype=dtype)
     h, c = torch.empty(batch, kept + width - 1, dim, dtype=dtype), torch.empty(batch, kept, dim, dtype=dtype)
     with scratch(weight.numel(), dtype, "coefficients") as turned:
@@ -55,17 +54,16 @@ def launch_forward(
         arrays = (as_flat(tensor, dtype) for tensor in (bias, ones, e, h, c))
         arguments = (as_flat(x, dtype), filter, turned, *arrays)
         run(kernels.forward, arguments, batch, _grain(filter), kernels.row_scratch(filter), dtype)
-    return e, h, c
+    return e, h, c, filter
 
 
 def launch_backward(
-    dc: Tensor, h: Tensor, basis: Tensor, products: Products, weight: Tensor, conv_weight: Tensor, has_bias: bool
+    dc: Tensor, h: Tensor, filter: Any, weight: Tensor, conv_weight: Tensor, basis: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """dx, dh, and the gradients of conv_weight and of the convolution's bias, where it has one."""
     from . import coefficients_kernels as kernels
 
-    padded, dtype, batch = whole_lanes(weight), dc.dtype, len(dc)
-    filter = _filter(basis, products, conv_weight, None, has_bias, padded.shape[1])
+    padded, dtype, batch, has_bias = whole_lanes(weight), dc.dtype, len(dc), filter.bias.size > 0
     dx, dh = torch.empty(batch, len(basis), padded.shape[1], dtype=dtype), torch.empty_like(h)
     groups, response = -(-batch // kernels.GROUP), response_of(*basis.shape, conv_weight.shape[1], dtype)
     sums = torch.empty(groups, len(response) + has_bias, len(conv_weight), dtype=dtype)

@@ -8,8 +8,8 @@ from typing import Any
 
 from numba import njit
 
-# numba counts references to every array in every call, atomically: a call with twenty arrays costs 150 ns, as much as its
-# arithmetic on a few rows. Nothing here is counted, so nothing may be allocated: what a kernel needs it is given.
+# numba counts references to every array in every call, atomically: a call with twenty arrays costs 150 ns, as much as
+# its arithmetic on a few rows. Nothing here is counted, so nothing may be allocated: what a kernel needs it is given.
 _OPTIONS: dict[str, Any] = {"nogil": True, "error_model": "numpy", "_nrt": False}
 
 part = njit(**_OPTIONS)
