@@ -130,7 +130,7 @@ def spectrum(analysis: Mapping[str, Any], path: Path, theta: float) -> str:
 
 
 def dynamics(analysis: Mapping[str, Any], path: Path) -> str:
-    """alpha, beta and theta against the epoch: a colour for each model, a line style for each data set."""
+    """alpha, beta and theta by epoch: a colour for each model, a style for each data set, a line for each seed."""
     rows = analysis["rows"]
     names = [name for name in ("alpha", "beta", "theta") if any(name in row for row in rows)]
     figure, panels = _figure(len(names), 4.0, columns=3)
@@ -148,7 +148,9 @@ def dynamics(analysis: Mapping[str, Any], path: Path) -> str:
                 x, y = [0, *x], [start[name], *y]
             colour = PALETTE[labels.index(key[1]) % len(PALETTE)]
             style = ("-", "--", ":", "-.")[datasets.index(key[0]) % 4]
-            panel.plot(x, y, style, marker="o", markersize=3, color=colour, label=f"{key[0]}, {key[1]}")
+            first = key[:2] not in [other[:2] for other in keys[: keys.index(key)]]
+            label = f"{key[0]}, {key[1]}" if first else None
+            panel.plot(x, y, style, marker="o", markersize=2.5, linewidth=1.1, color=colour, label=label)
         panel.set_title(units.get(name, name), fontsize=10)
         panel.set_xlabel("epoch")
         panel.grid(alpha=0.25)
