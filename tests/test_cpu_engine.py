@@ -71,6 +71,7 @@ def finely_sliced(monkeypatch: pytest.MonkeyPatch, threads: Any) -> None:
         ([1], 1, 1, 1, 1, False, False),
         ([50], 1, 40, 17, 3, True, True),
         ([64] * 8 + [3], 3, 31, 2, 2, True, True),
+        ([1, 2, 5, 3] * 34 + [4], 1, 20, 3, 2, True, True),  # so many that sixteen rows are summed together
     ],
 )
 def test_values_and_gradients(

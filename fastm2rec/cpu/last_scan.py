@@ -117,15 +117,16 @@ def launch_backward(
     _, dstate, dt_rank = sizes
     dp = torch.empty(p.shape, dtype=dtype)
     dz = torch.empty((0,) if z is None else (batch, dim), dtype=dtype)
-    groups = -(-batch // kernels.GROUP)
+    group = kernels.rows_of_group(batch)
+    groups = -(-batch // group)
     sums = empty_array(groups * packed.weights.size, dtype)
     arrays = (as_flat(p, dtype), basis, as_flat(lengths, torch.int64), *(as_flat(x, dtype) for x in (z, dy, low_rank)))
     arguments = (
         *arrays, packed.order, as_flat(dp, dtype), as_flat(dz, dtype), sums, packed.weights, packed.transposed, batch,
-        seqlen, *sizes, stride, z is not None,
+        group, seqlen, *sizes, stride, z is not None,
     )  # fmt: skip
     size = kernels.backward_scratch(basis, seqlen, *sizes, stride)
-    run(kernels.backward, arguments, groups, max(1, grain(packed, seqlen, stride) // (2 * kernels.GROUP)), size, dtype)
+    run(kernels.backward, arguments, groups, max(1, grain(packed, seqlen, stride) // (2 * group)), size, dtype)
     d_x_proj = torch.empty(dt_rank + 2 * dstate, dim, dtype=dtype)
     d_dt_proj = torch.empty(dim, dt_rank, dtype=dtype)
     d_bias = torch.empty(dim if has_bias else 0, dtype=dtype)

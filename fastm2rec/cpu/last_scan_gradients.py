@@ -8,8 +8,8 @@ With the terms of `last_scan_kernels.py`, X = exp(A T), s the gradient of y befo
 
 The first pass goes backward in time, as the forward does, recomputing everything, and keeps of each channel and
 position u, silu's derivative and four numbers more. The second goes forward in time, where the sum of the dT is known.
-The gradients of the parameters are summed over groups of GROUP rows, and those sums in order: they do not depend on how
-the groups are spread over threads. Sums of up to CHUNK positions are plain, those over chunks and rows compensated.
+The gradients of the parameters are summed over groups of rows, and those sums in order: they do not depend on how the
+groups are spread over threads. Sums of up to CHUNK positions are plain, those over chunks and rows compensated.
 
 Processors store one register in the time of two or three products: what is summed over channels is kept half a tile
 wide, and what is summed over positions stays in registers for as many as possible.
@@ -45,9 +45,16 @@ from .product_kernels import contract_row, expand_row, scratch_size
 from .simd import HALF, LANES, at, folded, full, load, load_half, put, store, totals
 from .slices import sliced
 
-GROUP = 8  # rows of the batch whose parameter gradients are summed together
 CHUNK = 64  # positions, a multiple of ROWS
 LN_2 = 1 / LOG2_E
+
+
+def rows_of_group(batch: int) -> int:
+    """Rows of the batch whose parameter gradients are summed together: few for a small one, which threads share.
+
+    Twice as many are half the sums: 5 % of the time at 256 x 50.
+    """
+    return 8 if batch <= 128 else 16
 
 
 @register_jitable
@@ -187,7 +194,7 @@ def _sum_blocks(x, count, out):
 @sliced
 def backward(
     first, last, scratch, p, products, lengths, z, dy, low_rank, order, dp, dz, sums, weights, transposed, batch,
-    seqlen, dim, dstate, dt_rank, stride, has_z,
+    group, seqlen, dim, dstate, dt_rank, stride, has_z,
 ):  # fmt: skip
     """dp, dz and, in `sums` [groups, weights_size], the parameters' gradients, of the groups `first` to before `last`.
 
@@ -220,10 +227,10 @@ def backward(
     whole, scratch = scratch[: products.seqlen * dim], scratch[products.seqlen * dim :]  # a row's p, then its gradient
     bins, folded_row = scratch[: products.columns * dim], scratch[products.columns * dim :]
 
-    for b in range(first * GROUP, min(batch, last * GROUP)):
-        gradient = sums[b // GROUP * size : (b // GROUP + 1) * size]
+    for b in range(first * group, min(batch, last * group)):
+        gradient = sums[b // group * size : (b // group + 1) * size]
         into = as_weights(gradient, dim, dstate, dt_rank)
-        if b % GROUP == 0:
+        if b % group == 0:
             fill(gradient, 0, size, 0)
             fill(errors, 0, size, 0)
         length = lengths[b]
