@@ -22,9 +22,7 @@ def assert_as_good(got: Tensor, plain: Tensor, exact: Tensor, slack: float = SLA
         slack: factor on plain's error.
         name: for the message.
     """
-    assert got.dtype == plain.dtype, f"{name}: dtype {got.dtype}, expected {plain.dtype}"
-    assert got.shape == plain.shape, f"{name}: shape {list(got.shape)}, expected {list(plain.shape)}"
-    assert got.isfinite().all(), f"{name}: not finite"
+    _assert_comparable(got, plain, name)
     if not got.numel():
         return
     exact = exact.double()
@@ -44,13 +42,19 @@ def assert_as_good_on_average(
     """
     squares = [0.0, 0.0]
     for got, plain, exact in draws:
-        assert got.isfinite().all(), f"{name}: not finite"
+        _assert_comparable(got, plain, name)
         largest = float(exact.abs().max())
         for i, values in enumerate((got, plain)):
             squares[i] += (float((values.double() - exact).abs().max()) / largest) ** 2
     error, lost = ((square / len(draws)) ** 0.5 for square in squares)
     bound = slack * lost + BAND * torch.finfo(got.dtype).eps
     assert error <= bound, f"{name}: error {error:.3e}, bound {bound:.3e} (plain {got.dtype} loses {lost:.3e})"
+
+
+def _assert_comparable(got: Tensor, plain: Tensor, name: str) -> None:
+    assert got.dtype == plain.dtype, f"{name}: dtype {got.dtype}, expected {plain.dtype}"
+    assert got.shape == plain.shape, f"{name}: shape {list(got.shape)}, expected {list(plain.shape)}"
+    assert got.isfinite().all(), f"{name}: not finite"
 
 
 def gradients(function: Callable[..., Tensor], inputs: Sequence[Tensor | None], dy: Tensor) -> list[Tensor]:

@@ -148,11 +148,14 @@ def dynamics(analysis: Mapping[str, Any], path: Path) -> str:
                 x, y = [0, *x], [start[name], *y]
             colour = PALETTE[labels.index(key[1]) % len(PALETTE)]
             style = ("-", "--", ":", "-.")[datasets.index(key[0]) % 4]
-            first = key[:2] not in [other[:2] for other in keys[: keys.index(key)]]
-            label = f"{key[0]}, {key[1]}" if first else None
+            label = f"{key[0]}, {key[1]}"
             panel.plot(x, y, style, marker="o", markersize=2.5, linewidth=1.1, color=colour, label=label)
         panel.set_title(units.get(name, name), fontsize=10)
         panel.set_xlabel("epoch")
         panel.grid(alpha=0.25)
-    panels[-1].legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1.0), handlelength=3.5)
+    lines, texts = panels[-1].get_legend_handles_labels()
+    once = dict(zip(texts, lines, strict=True))  # the seeds of a model look alike
+    panels[-1].legend(
+        once.values(), once.keys(), fontsize=7, loc="upper left", bbox_to_anchor=(1.02, 1.0), handlelength=3.5
+    )
     return _save(figure, path)

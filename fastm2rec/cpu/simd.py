@@ -11,13 +11,12 @@ through every function here.
 from __future__ import annotations
 
 import operator
-import os
 from typing import Any
 
 import numba.extending
 from llvmlite import ir
 from numba import types
-from numba.core import cgutils
+from numba.core import cgutils, config
 from numba.core.codegen import get_host_cpu_features
 from numba.extending import lower_builtin, models, register_model, type_callable
 
@@ -25,7 +24,7 @@ from numba.extending import lower_builtin, models, register_model, type_callable
 intrinsic: Any = numba.extending.intrinsic
 
 # What the processor has, or what numba was told of it.
-_TOLD = os.environ.get("NUMBA_CPU_FEATURES")
+_TOLD: str | None = config.CPU_FEATURES  # type: ignore[attr-defined]
 FEATURES = frozenset((get_host_cpu_features() if _TOLD is None else _TOLD).split(","))
 
 # Two registers of float32 to a value, so that each instruction has an independent one beside it: on a processor with
