@@ -9,6 +9,10 @@ output (dy itself, or what LayerNorm makes of it):
 Four kernels: `norm` makes g, where there is a LayerNorm; `rows` dM and what follows from it alone; for the context gate
 `gate_rows` adds what comes back through the gates; `weights` makes the products over the batch, in parts. Sums over the
 batch are made of one share for each block of rows, or part, which are added up in order: no atomics.
+
+The biases' gradients, sums of g and of dp, are torch's. `weights` has those tiles, but in a loop no tile may be both an
+operand of a dot and used otherwise: of such a one Triton (3.6, 3.7) keeps a buffer too few for Hopper's asynchronous
+products, and while one still reads its operand the copy for a later step overwrites it.
 """
 
 from __future__ import annotations
@@ -131,13 +135,13 @@ def gated_fusion_bwd_gate_rows_kernel(
 
 @triton.jit
 def gated_fusion_bwd_weights_kernel(
-    left_ptr, h_ptr, text_ptr, ids_ptr, alpha_ptr, beta_ptr, gates_ptr, d_weight_ptr, d_bias_ptr,
+    left_ptr, h_ptr, text_ptr, ids_ptr, alpha_ptr, beta_ptr, gates_ptr, d_weight_ptr,
     batch, table_rows, part_rows, outputs, stride_left_batch, stride_left_d,
     stride_h_batch, stride_h_d, stride_text_row, stride_text_d, stride_ids, stride_alpha, stride_beta,
     D: tl.constexpr, RIGHT: tl.constexpr, GATHER: tl.constexpr,
     BLOCK_B: tl.constexpr, BLOCK_K: tl.constexpr, ACC: tl.constexpr, DOT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One tile of left^T right over one part of the batch, and left's sums [parts, outputs].
+    """One tile of left^T right over one part of the batch.
 
     RIGHT is a gate, for the mix, to [parts, outputs, D]; or "cat", for cat(text, h), to [parts, outputs, 2 D].
     """
@@ -149,7 +153,6 @@ def gated_fusion_bwd_weights_kernel(
     offs_i = pid_i * BLOCK_K + tl.arange(0, BLOCK_K)
     inside_o, inside_i = offs_o < outputs, offs_i < D
     total = tl.zeros([BLOCK_K, BLOCK_K], ACC)
-    sums = tl.zeros([BLOCK_K], ACC)
     for r0 in range(0, part_rows, BLOCK_B):
         rows = part.to(tl.int64) * part_rows + r0 + tl.arange(0, BLOCK_B)
         here = rows < batch
@@ -173,16 +176,13 @@ def gated_fusion_bwd_weights_kernel(
                 right *= load_vector(beta_ptr, offs_i, inside_i, stride_beta, ACC)
                 right += load_vector(alpha_ptr, offs_i, inside_i, stride_alpha, ACC) * text
         total = matmul(tl.trans(left), right, total, ACC, DOT, PRECISION)
-        sums += tl.sum(left.to(ACC), axis=0)
     inputs: tl.constexpr = 2 * D if RIGHT == "cat" else D
     place = part.to(tl.int64) * outputs + offs_o
     store_tile(d_weight_ptr, place, inside_o, second * D + offs_i, inside_i, inputs, total)
-    if (pid_i == 0) & (second == 0):
-        tl.store(d_bias_ptr + place, sums, mask=inside_o)
 
 
 def _launch_weights(left: Tensor, operands: Operands, gates: Tensor, right: str) -> tuple[Tensor, Tensor]:
-    """left^T right [outputs, D or 2 D] and left's sums [outputs], left [B, outputs]."""
+    """left^T right [outputs, D or 2 D], left [B, outputs], and left's sums over the batch [outputs]."""
     batch, dim = operands.h.shape
     outputs, halves = left.shape[1], 2 if right == "cat" else 1
     arithmetic = operands.arithmetic
@@ -193,14 +193,13 @@ def _launch_weights(left: Tensor, operands: Operands, gates: Tensor, right: str)
     part_blocks = max(1, triton.cdiv(row_blocks, max(1, PROGRAMS // (tiles * halves))))
     parts = triton.cdiv(row_blocks, part_blocks)
     d_weight = left.new_empty(parts, outputs, halves * dim, dtype=arithmetic.acc)
-    d_bias = left.new_empty(parts, outputs, dtype=arithmetic.acc)
     gated_fusion_bwd_weights_kernel[(tiles, parts, halves)](
-        left, *operands[:5], gates, d_weight, d_bias,
+        left, *operands[:5], gates, d_weight,
         batch, operands.table_rows, part_blocks * rows, outputs, *left.stride(), *operands.strides,
         D=dim, RIGHT=right, GATHER=operands.ids is not None,
         BLOCK_B=rows, BLOCK_K=block, **arithmetic.constexprs, num_warps=WEIGHT_WARPS,
     )  # fmt: skip
-    return d_weight.sum(0), d_bias.sum(0)
+    return d_weight.sum(0), left.sum(0, dtype=arithmetic.acc)
 
 
 def launch_backward(
