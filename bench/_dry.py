@@ -43,7 +43,7 @@ class _Utils:
         return object(), (ptx, cubin), 0, 0, 1024
 
 
-class _Driver(DriverBase):
+class Driver(DriverBase):
     """What Triton asks of a driver. The device's index is its architecture, as Triton keeps compiled kernels by it."""
 
     def __init__(self) -> None:
@@ -58,9 +58,17 @@ class _Driver(DriverBase):
 
     def launcher_cls(self, src: Any, metadata: Any) -> Callable[..., None]:
         def launch(grid_x: int, grid_y: int, grid_z: int, stream: int, function: tuple[str, bytes], *rest: Any) -> None:
-            self.launched.append(Compiled(src.fn.__name__, self.arch, metadata, *function))
+            compiled = Compiled(src.fn.__name__, self.arch, metadata, *function)
+            arguments = dict(zip(src.signature, rest[4:], strict=True))  # after metadata and hooks
+            self.launch(compiled, (grid_x, grid_y, grid_z), arguments, src.signature)
 
         return launch
+
+    def launch(
+        self, compiled: Compiled, grid: tuple[int, int, int], arguments: dict[str, Any], signature: dict[str, str]
+    ) -> None:
+        """Note what would have run; `signature` has the arguments' types, in Triton's words."""
+        self.launched.append(compiled)
 
     @classmethod
     def is_active(cls) -> bool:
@@ -97,7 +105,7 @@ class _Driver(DriverBase):
         return benchmark
 
 
-_driver: _Driver | None = None
+_driver: Driver | None = None
 
 
 def compiled_by(run: Callable[[], object], arch: int) -> list[Compiled]:
@@ -111,7 +119,7 @@ def compiled_by(run: Callable[[], object], arch: int) -> list[Compiled]:
     if triton.knobs.runtime.interpret:
         raise RuntimeError("TRITON_INTERPRET is set: Triton's interpreter compiles nothing; unset it")
     if _driver is None:
-        _driver = _Driver()
+        _driver = Driver()
     triton.runtime.driver.set_active(_driver)
     _driver.arch = arch
     _driver.launched.clear()
