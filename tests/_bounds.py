@@ -51,6 +51,19 @@ def assert_as_good_on_average(
     assert error <= bound, f"{name}: error {error:.3e}, bound {bound:.3e} (plain {got.dtype} loses {lost:.3e})"
 
 
+def assert_same(got: Tensor, expected: Tensor, name: str = "output") -> None:
+    """The same values from another specialisation of a kernel, for other strides or without what a gradient needs.
+
+    Bit-equal in Triton's interpreter. A compiler fuses other products with sums in each: there, within a few roundings.
+    """
+    from fastm2rec.kernels._common import interpreting
+
+    if interpreting():
+        assert torch.equal(got, expected), name
+    else:
+        assert_as_good(got, expected, expected.double(), name=name)
+
+
 def _assert_comparable(got: Tensor, plain: Tensor, name: str) -> None:
     assert got.dtype == plain.dtype, f"{name}: dtype {got.dtype}, expected {plain.dtype}"
     assert got.shape == plain.shape, f"{name}: shape {list(got.shape)}, expected {list(plain.shape)}"

@@ -142,6 +142,7 @@ def test_any_strides(device: torch.device) -> None:
         assert torch.equal(got[name], value), name
 
 
+@pytest.mark.usefixtures("overlapping_writes")
 def test_sequence_limits_never_lead_outside(device: torch.device) -> None:
     """Their values are not checked on a GPU. What lies outside is ignored, what remains is computed."""
     arguments = scan_arguments(1, 40, 4, 4, device, without=("initial_state",), cu_seqlens=[0, 30, 40])

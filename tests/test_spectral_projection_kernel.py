@@ -85,7 +85,8 @@ class Case:
         return call
 
 
-def assert_as_good_as_pytorch(case: Case, dtype: torch.dtype, device: torch.device) -> None:
+def compared(case: Case, dtype: torch.dtype, device: torch.device) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """The output and all gradients, by name: the kernel's, plain PyTorch's and those in float64."""
     basis, leaves, dy = case.build(device)
     # As in the model under autocast: activations and weights in half precision, the basis and the mask in float32.
     wide = torch.promote_types(dtype, torch.float32)
@@ -97,7 +98,17 @@ def assert_as_good_as_pytorch(case: Case, dtype: torch.dtype, device: torch.devi
     double = case.bound(reference.spectral_projection, basis.double())
     exact = gradients(double, cast(leaves, torch.float64), dy)
     names = ["y", *(name for name, leaf in zip(NAMES, leaves, strict=True) if leaf is not None)]
-    for name, ours, theirs, right in zip(names, got, plain, exact, strict=True):
+    return dict(zip(names, zip(got, plain, exact, strict=True), strict=True))
+
+
+def assert_as_good_as_pytorch(case: Case, dtype: torch.dtype, device: torch.device) -> None:
+    values = compared(case, dtype, device)
+    if case.R <= 2 and "mask" in values:
+        # One number or two, each a sum that may happen to be next to nothing: those of some draws together.
+        draws = [values, *(compared(case, dtype, device) for _ in range(7))]
+        ours, theirs, right = (torch.stack([draw["mask"][i] for draw in draws]) for i in range(3))
+        values["mask"] = ours, theirs, right
+    for name, (ours, theirs, right) in values.items():
         if name == "mask":  # float32 sums of products in `dtype`: rounded operands, so the band of `dtype`
             ours, theirs = ours.to(dtype), theirs.to(dtype)
         assert_as_good(ours, theirs, right, name=f"{case}: {name}")
