@@ -9,9 +9,9 @@ from bench import _targets
 from bench._sections._record import Record
 
 NOTHING = """**No GPU time is recorded yet.** Every time below was taken on a CPU and says nothing about the Triton
-kernels: what is known of those is that they are correct in Triton's interpreter and compile, with the resources that
-`python bench/resources.py` prints. `python bench/run_all.py --budget-minutes 8 --record` on a machine with a GPU fills
-this in."""
+kernels: what is known of those is that they are correct, in Triton's interpreter and as compiled, in an emulator, and
+the resources that `python bench/resources.py` prints. `python bench/run_all.py --budget-minutes 8 --record` on a
+machine with a GPU fills this in."""
 
 
 def render(records: Sequence[Record], docs: Path) -> str:
