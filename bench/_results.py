@@ -65,7 +65,11 @@ def row_label(row: Row | Mapping[str, Any]) -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """The device as people call it; a CPU with matrix units (AMX), which help bfloat16 most, says so."""
+    """The device as people call it.
+
+    A CPU with matrix units (AMX), which help bfloat16 most, says so, and so does one of x86 without AVX-512: one name
+    may stand for processors of several generations.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     try:
@@ -74,7 +78,15 @@ def device_name(device: torch.device) -> str:
         flags = next((line.split() for line in lines if line.startswith("flags")), [])
     except (OSError, StopIteration):
         model, flags = platform.processor() or platform.machine(), []
+    if "avx2" in flags and "avx512f" not in flags:
+        model += " without AVX-512"
     return f"{model}, {'AMX, ' if 'amx_bf16' in flags else ''}{torch.get_num_threads()} threads"
+
+
+def record_folder(name: str, kind: str) -> Path:
+    """Where the records of a device are kept, by its `device_name` and its type."""
+    folder = name.partition(",")[0].lower().replace(" ", "-").replace("(r)", "")
+    return ROOT / "bench" / "results" / (f"cpu-{folder}" if kind == "cpu" else folder)
 
 
 def document(device: torch.device, rows: Sequence[Row], source: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -116,8 +128,7 @@ def result_path(script: str, device: torch.device, out: str | None, record: bool
         return Path(out)
     name = f"{script}.json"
     if record:
-        folder = device_name(device).partition(",")[0].lower().replace(" ", "-").replace("(r)", "")
-        return ROOT / "bench" / "results" / (f"cpu-{folder}" if device.type == "cpu" else folder) / name
+        return record_folder(device_name(device), device.type) / name
     return Path(tempfile.mkdtemp(prefix="fastm2rec-bench-")) / name
 
 

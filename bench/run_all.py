@@ -43,7 +43,7 @@ if __name__ == "__main__":  # from a clone, installed or not; this folder itself
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from bench import _child, _correctness, _failure, _merge, _plan, _targets
-from bench._results import ROOT, row_label, write_json
+from bench._results import ROOT, record_folder, row_label, write_json
 
 CORRECTNESS_SHARE = 0.2
 CORE_SECONDS, CORE_SHARE = 480.0, 0.4  # the core pass may take this long, or this share of a long budget
@@ -333,8 +333,7 @@ def pack(folder: Path, path: Path) -> None:
 
 def _folder(options: argparse.Namespace, header: dict[str, Any]) -> Path:
     if options.record:
-        name = header["device"].partition(",")[0].lower().replace(" ", "-").replace("(r)", "")
-        folder = ROOT / "bench" / "results" / (f"cpu-{name}" if header["device_type"] == "cpu" else name)
+        folder = record_folder(header["device"], header["device_type"])
     else:
         folder = options.out or Path(tempfile.mkdtemp(prefix="fastm2rec-bench-"))
     folder.mkdir(parents=True, exist_ok=True)
