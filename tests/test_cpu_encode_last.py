@@ -94,6 +94,50 @@ def test_rows_do_not_depend_on_their_batch_nor_on_threads(monkeypatch: pytest.Mo
     assert all(torch.equal(one, whole) for one in found)
 
 
+@pytest.mark.usefixtures("nan_filled")
+@pytest.mark.parametrize("fields", VARIANTS, ids=identify)
+def test_a_row_that_threads_share(fields: dict[str, Any], monkeypatch: pytest.MonkeyPatch, threads: Any) -> None:
+    """As if it were one of many, to the bit."""
+    threads(3)
+    for folded in (fold(build(**fields)), fold(build(**fields)).to(dtype=torch.float32)):
+        item_ids, lengths = batch([min(n, folded.max_len) for n in LENGTHS], folded.max_len)
+        whole = _run(folded, item_ids, lengths)
+        with monkeypatch.context() as patched:
+            patched.setattr(engine, "_shared", lambda *_: True)
+            assert torch.equal(_run(folded, item_ids, lengths), whole)
+
+
+def test_threads_share_rows_that_are_long_and_few(monkeypatch: pytest.MonkeyPatch, threads: Any) -> None:
+    shared: list[list[int]] = []
+    encode_rows = engine._encode_rows
+
+    def noted(model: Any, arguments: tuple[Any, ...], seqlen: int) -> None:
+        shared.append(arguments[1].tolist())
+        encode_rows(model, arguments, seqlen)
+
+    monkeypatch.setattr(engine, "_encode_rows", noted)
+    folded = fold(build(d_model=64, max_len=800)).to(dtype=torch.float32)
+    item_ids, lengths = batch([800, 799], 800)
+    threads(1)
+    whole = _run(folded, item_ids, lengths)
+    threads(4)
+    assert torch.equal(_run(folded, item_ids, lengths), whole)
+    assert shared == [[800, 799]]
+    _run(folded, item_ids, torch.tensor([800, 20]))
+    threads(3)
+    _run(folded, item_ids, lengths)
+    assert shared == [[800, 799]], "one that is short, or more rows than threads have use for"
+    assert torch.equal(_run(folded, item_ids[:1], lengths[:1]), whole[:1])
+    assert shared == [[800, 799], [800]]
+    for place, wrong in ((0, -1), (799, 2**40)):
+        broken = item_ids[:1].clone()
+        broken[0, place] = wrong
+        assert engine.encode_last(broken, lengths[:1], folded).isnan().all()
+        with pytest.raises(ValueError, match="item_ids: expected ids from 1"):
+            ops.encode_last(broken, lengths[:1], folded, impl="cpu")
+    assert engine.encode_last(item_ids[:1], torch.tensor([801]), folded).isnan().all()
+
+
 def test_strided_and_narrow_integers() -> None:
     folded = fold(build(gate="none"))
     item_ids, lengths = batch(LENGTHS, 24)

@@ -120,7 +120,7 @@ def _add_row(x, row, start, wide):
 
 
 @part
-def _queries(y, z, last_ids, shape, head, tables, eps, h, hidden, mixed, gates):
+def queries(y, z, last_ids, shape, head, tables, eps, h, hidden, mixed, gates):
     """From the scan's outputs and z, [ROWS, E], to the queries, in `h` or, with a gate, `mixed`: [ROWS, D]."""
     wide, d = padded(shape.dim), padded(shape.d_model)
     if shape.scan_norm:
@@ -163,7 +163,7 @@ def _queries(y, z, last_ids, shape, head, tables, eps, h, hidden, mixed, gates):
 
 
 @part
-def _known(ids, start, length, seqlen, n_items):
+def known(ids, start, length, seqlen, n_items):
     """Is the row sound, so that nothing is read out of bounds?"""
     if length < 1 or length > seqlen:
         return False
@@ -174,22 +174,37 @@ def _known(ids, start, length, seqlen, n_items):
 
 
 @part
+def gate_input(ids, start, n, shape, tables, filter, z, place):
+    """z [E] of a row's last position, filtered where the model's input is, to z[place:]."""
+    wide = padded(shape.dim)
+    if shape.placement == INPUT:
+        for c in range(0, wide, LANES):
+            value = full(z, 0.0)
+            for t in range(n):
+                weight = at(filter.last, (n - 1) * shape.max_len + t)
+                value = value + weight * load(tables.z, ids[start + t] * wide + c)
+            store(z, place + c, value)
+    else:
+        read(tables.z, ids[start + n - 1] * wide, 0, 1, wide, z[place:])
+
+
+@part
 def _scan_row(ids, start, n, shape, table, filter, head, w, transposed, one, x, bins, done, u, scan):
     """Items to the scan's state."""
     wide = padded(shape.dim)
     spectrum = spectrum_of(n, shape, filter)
     if shape.placement != NONE:
-        transform(ids, start, n, shape, table, filter, spectrum, head, one, wide, x, bins)
+        transform(ids, start, n, shape, table, filter, spectrum, head, one, wide, 0, wide, x, bins)
         for group in range(done.size):
             done[group] = 0
     steps = (n + shape.stride - 1) // shape.stride
-    start_scan(scan, wide, shape.dstate)
+    start_scan(scan, 0, wide, shape.dstate)
     for k in range(0, steps, ROWS):
-        if not forget(scan, w, wide, shape.dstate):
+        if not forget(scan, w, 0, wide, shape.dstate):
             break
         rows = min(ROWS, steps - k)
         t = n - 1 - k * shape.stride
-        read_block(ids, start, n, t, rows, shape, table, filter, spectrum, head, bins, wide, x, done, u)
+        read_block(ids, start, n, t, rows, shape, table, filter, spectrum, head, bins, wide, 0, wide, x, done, u)
         silu(u, rows * wide)
         scan_block(u, rows, k == 0, w, transposed, scan, shape.dim, shape.dstate, shape.dt_rank)
 
@@ -226,24 +241,15 @@ def encode(
         for i in range(count):
             start, n = (group + i) * seqlen, lengths[group + i]
             last_ids[i] = 0
-            if not _known(ids, start, n, seqlen, shape.n_items):
+            if not known(ids, start, n, seqlen, shape.n_items):
                 fill(y, i * wide, (i + 1) * wide, np.nan)
                 unsound[0] = 1
                 continue
             last_ids[i] = ids[start + n - 1]
             _scan_row(ids, start, n, shape, tables.u, filter, head, w, transposed, one, x, bins, done, u, scan)
-            scanned(scan, wide, y, i * wide)
-
-            if shape.placement == INPUT:
-                for c in range(0, wide, LANES):
-                    value = full(z, 0.0)
-                    for t in range(n):
-                        weight = at(filter.last, (n - 1) * shape.max_len + t)
-                        value = value + weight * load(tables.z, ids[start + t] * wide + c)
-                    store(z, i * wide + c, value)
-            else:
-                read(tables.z, last_ids[i] * wide, 0, 1, wide, z[i * wide :])
-        _queries(y, z, last_ids, shape, head, tables, eps, h, hidden, mixed, gates)
+            scanned(scan, 0, wide, y, i * wide)
+            gate_input(ids, start, n, shape, tables, filter, z, i * wide)
+        queries(y, z, last_ids, shape, head, tables, eps, h, hidden, mixed, gates)
         found = h if shape.gate == NONE else mixed
         for i in range(count):
             for c in range(shape.d_model):

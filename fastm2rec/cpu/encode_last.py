@@ -16,10 +16,10 @@ from torch import Tensor
 
 from ..reference.encode_last import encode_last as reference
 from . import symmetry
-from .arrays import as_flat
+from .arrays import as_flat, scratch
+from .last_scan import SLICE, last_scan, pack
 from .last_scan import grain as scan_grain
-from .last_scan import last_scan, pack
-from .threads import run
+from .threads import has_openmp, run, whole_lines
 
 if TYPE_CHECKING:
     from ..folded import Folded
@@ -210,9 +210,34 @@ def _encode(item_ids: Tensor, lengths: Tensor, folded: Folded) -> tuple[Tensor, 
     batch, seqlen = item_ids.shape
     out = torch.empty(batch, model.shape.d_model, dtype=model.dtype)
     unsound = np.zeros(1, np.int64)
-    arguments = (
-        as_flat(item_ids, torch.int64), as_flat(lengths, torch.int64), out.numpy().reshape(-1), unsound, seqlen,
-        *model.arguments,
-    )  # fmt: skip
-    run(model.kernel, arguments, batch, scan_grain(model.scan, seqlen, model.shape.stride), model.scratch, model.dtype)
+    ids, ends, queries = as_flat(item_ids, torch.int64), as_flat(lengths, torch.int64), out.numpy().reshape(-1)
+    arguments = (ids, ends, queries, unsound, seqlen, *model.arguments)
+    if _shared(model, ends, seqlen):
+        _encode_rows(model, arguments, seqlen)
+    else:
+        grain = scan_grain(model.scan, seqlen, model.shape.stride)
+        run(model.kernel, arguments, batch, grain, model.scratch, model.dtype)
     return out if out.dtype == folded.dtype else out.to(folded.dtype), not unsound[0]
+
+
+def _shared(model: Packed, lengths: np.ndarray, seqlen: int) -> bool:
+    """Are there so few rows, all of them long, that threads should share each of them?"""
+    from .simd import LANES
+
+    tiles = -(-model.shape.dim // LANES)
+    if not 0 < 2 * lengths.size <= min(torch.get_num_threads(), tiles) or not has_openmp():
+        return False
+    shortest = int(lengths.min()) * model.shape.dim * model.shape.dstate
+    return shortest >= 2 * SLICE * model.shape.stride and int(lengths.max()) <= seqlen
+
+
+def _encode_rows(model: Packed, arguments: tuple[Any, ...], seqlen: int) -> None:
+    """Row after row, each by as many threads as there are."""
+    from . import one_row_kernels as kernels
+
+    threads, size = torch.get_num_threads(), whole_lines(kernels.scratch_size(model.shape))
+    with (
+        scratch(threads * size, model.dtype) as memory,
+        scratch(kernels.row_size(model.shape, seqlen), model.dtype, "row") as row,
+    ):
+        kernels.encode_rows(np.zeros(9, np.int64), memory, size, threads, row, *arguments)

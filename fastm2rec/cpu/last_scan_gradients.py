@@ -255,13 +255,13 @@ def backward(
                 gate = load(s, wide + c)
                 store(s, 2 * wide + c, load(s, c))
                 store(s, c, load(s, c) * gate * sigmoid(gate))
-        start_scan(scan, wide, dstate)
+        start_scan(scan, 0, wide, dstate)
         fill(dC, 0, 2 * states, 0)
         fill(dA, 0, dstate * wide, 0)
 
         seen = steps
         for k in range(0, steps, ROWS):
-            if not forget(scan, w, wide, dstate):
+            if not forget(scan, w, 0, wide, dstate):
                 seen = k
                 break
             rows = min(ROWS, steps - k)
@@ -281,7 +281,7 @@ def backward(
                 for c in range(0, wide, LANES):
                     store(carried, 4 * c + LANES, load(w.D, c) * load(block, c))
                     accumulate(into.D, lost_by.D, c, load(s, c) * load(block, c))
-            step_sizes(low, columns, w, rows, dim, dt_rank, raw)
+            step_sizes(low, columns, w, rows, wide, 0, wide, dt_rank, raw)
             for i in range(rows):
                 for n in range(dstate):
                     put(CB, i * dstate + n, at(C, n) * at(low, i * columns + dt_rank + n))

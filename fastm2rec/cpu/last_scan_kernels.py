@@ -83,9 +83,9 @@ def forward(
         source = row if filtered else p
         newest = ((0 if filtered else b * seqlen) + length - 1) * dim
         steps = (length + stride - 1) // stride
-        start_scan(scan, wide, dstate)
+        start_scan(scan, 0, wide, dstate)
         for k in range(0, steps, ROWS):
-            if not forget(scan, w, wide, dstate):
+            if not forget(scan, w, 0, wide, dstate):
                 break
             rows = min(ROWS, steps - k)
             read(source, newest - k * stride * dim, stride * dim, rows, dim, u)
@@ -97,7 +97,7 @@ def forward(
                         put(low_rank, left_out, at(scan.projected, i * columns + j))
                         left_out += 1
         fill(low_rank, left_out, min((b + 1) * slots * kept, low_rank.size), 0)
-        scanned(scan, wide, value, 0)
+        scanned(scan, 0, wide, value, 0)
         fill(gate, 0, wide, 1)
         if has_z:
             for e in range(dim):

@@ -201,11 +201,13 @@ def project_one(x, weight, dim, columns, out):
 
 
 @part
-def step_sizes(low_rank, columns, w, rows, dim, dt_rank, out):
-    """out [rows, E], the step sizes before softplus, from the first dt_rank columns of low_rank."""
-    wide = padded(dim)
+def step_sizes(low_rank, columns, w, rows, wide, from_, to, dt_rank, out):
+    """out [rows, E], the step sizes before softplus, from the first dt_rank columns of low_rank.
+
+    Here and below of the channels `from_` to `to`, whole tiles of them.
+    """
     for i in range(rows):
-        for c in range(0, wide, LANES):
+        for c in range(from_, to, LANES):
             step = load(w.bias, c)
             for r in range(dt_rank):
                 step = step + at(low_rank, i * columns + r) * load(w.dt_proj, r * wide + c)
@@ -258,22 +260,22 @@ def as_scan(flat, dim, dstate, dt_rank):
 
 
 @part
-def start_scan(scan, wide, dstate):
-    fill(scan.carried, 0, 4 * wide, 0)
-    for tile in range(wide // LANES):
+def start_scan(scan, from_, to, dstate):
+    fill(scan.carried, 4 * from_, 4 * to, 0)
+    for tile in range(from_ // LANES, to // LANES):
         put(scan.states, tile * (1 + dstate), dstate)
         for n in range(dstate):
             put(scan.states, tile * (1 + dstate) + 1 + n, n)
 
 
 @part
-def forget(scan, w, wide, dstate):
+def forget(scan, w, from_, to, dstate):
     """Strike out the states whose decay has come to nothing; are there others?
 
     T only grows: what is forgotten at one position stays so at all earlier ones.
     """
     left = 0
-    for tile in range(wide // LANES):
+    for tile in range(from_ // LANES, to // LANES):
         T = least(load(scan.carried, 4 * tile * LANES))
         first = tile * (1 + dstate)
         count = 0
@@ -295,17 +297,27 @@ def scan_block(u, rows, first, w, transposed, scan, dim, dstate, dt_rank):
     project(u, transposed, dim, columns, scan.projected)
     if first:
         project_one(u, transposed[dim * columns :], dim, padded(dstate), scan.C)
-        for c in range(0, wide, LANES):
+    scan_channels(u, rows, first, w, scan.projected, scan.C, scan, wide, 0, wide, dstate, dt_rank)
+
+
+@part
+def scan_channels(u, rows, first, w, projected, C, scan, wide, from_, to, dstate, dt_rank):
+    """The rest of that: from delta and B [ROWS, padded(dt_rank + dstate)] on."""
+    columns = padded(dt_rank + dstate)
+    if first:
+        for c in range(from_, to, LANES):
             store(scan.carried, 4 * c + LANES, load(w.D, c) * load(u, c))
-    step_sizes(scan.projected, columns, w, rows, dim, dt_rank, scan.raw)
-    for c in range(0, rows * wide, LANES):
-        dt, _ = softplus(load(scan.raw, c))
-        store(scan.raw, c, dt)
-    fill(scan.raw, rows * wide, ROWS * wide, 0)  # no position, no time
+    step_sizes(projected, columns, w, rows, wide, from_, to, dt_rank, scan.raw)
+    for i in range(rows):
+        for c in range(i * wide + from_, i * wide + to, LANES):
+            dt, _ = softplus(load(scan.raw, c))
+            store(scan.raw, c, dt)
+    for i in range(rows, ROWS):
+        fill(scan.raw, i * wide + from_, i * wide + to, 0)  # no position, no time
     for i in range(ROWS):
         for n in range(dstate):
-            put(scan.CB, i * dstate + n, at(scan.C, n) * at(scan.projected, i * columns + dt_rank + n))
-    for c in range(0, wide, LANES):
+            put(scan.CB, i * dstate + n, at(C, n) * at(projected, i * columns + dt_rank + n))
+    for c in range(from_, to, LANES):
         first_state = c // LANES * (1 + dstate) + 1
         count = at(scan.states, first_state - 1)
         if count > 0:
@@ -336,7 +348,7 @@ def _scan_tile(u, c, rows, wide, A, scan, first_state, count, dstate):
 
 
 @part
-def scanned(scan, wide, out, start):
+def scanned(scan, from_, to, out, start):
     """The scan's output [E] to out[start:]."""
-    for c in range(0, wide, LANES):
+    for c in range(from_, to, LANES):
         store(out, start + c, load(scan.carried, 4 * c + LANES))

@@ -73,7 +73,7 @@ def contract_row(x, start, products, extra, bins, folded, out, to):
     """V^T x of one row from x[start:] to out[to:]; scratch bins [columns * dim] and folded [slots * dim]."""
     dim, columns = products.dim, products.columns
     _fold(x, start, products.positions, products.classes, products.orbits, dim, folded)
-    contract(products.basis, 0, columns, products.classes, folded, products.orbits, dim, bins)
+    contract(products.basis, 0, columns, products.classes, folded, products.orbits, dim, 0, dim, bins)
     for c in range(columns):
         if products.source[c] >= 0:
             for e in range(0, dim, LANES):
@@ -93,8 +93,8 @@ def expand_row(x, start, products, extra, bins, out, to):
             store(bins, e * columns + c * LANES, value)
     for group in range((products.orbits * products.classes + GROUP - 1) // GROUP):
         expand(
-            products.basis, 0, columns, products.classes, bins, products.positions, 0, group, products.orbits, dim, out,
-            to,
+            products.basis, 0, columns, products.classes, bins, products.positions, 0, group, products.orbits, dim, 0,
+            dim, out, to,
         )  # fmt: skip
     ends = to + (products.seqlen - extra) * dim
     for c in range(0, extra * dim, LANES):

@@ -75,11 +75,11 @@ def _convolved_item(ids, start, t, n, table, taps, width, wide, c):
 
 
 @part
-def _fold_items(ids, start, n, table, taps, width, wide, positions, first, classes, orbits, x):
+def _fold_items(ids, start, n, table, taps, width, wide, from_, to, positions, first, classes, orbits, x):
     """The fold of the convolved items to x; the position in each slot from positions[first:]."""
     for t in range(orbits):
         slot = t * classes
-        for c in range(0, wide, LANES):
+        for c in range(from_, to, LANES):
             b = d = e = full(x, 0.0)
             a = _convolved_item(ids, start, positions[first + slot], n, table, taps, width, wide, c)
             if classes > 1:
@@ -97,11 +97,11 @@ def _fold_items(ids, start, n, table, taps, width, wide, positions, first, class
 
 
 @part
-def _gain(bins, columns, gain, offset, start, bias, with_offset, wide):
+def _gain(bins, columns, gain, offset, start, bias, with_offset, from_, to):
     """bins * m [+ o * bias], in place."""
     for r in range(columns):
         m, o = gain[start + r], offset[start + r] if with_offset else 0
-        for c in range(0, wide, LANES):
+        for c in range(from_, to, LANES):
             place = c * columns + r * LANES
             value = m * load(bins, place)
             if with_offset:
@@ -110,50 +110,54 @@ def _gain(bins, columns, gain, offset, start, bias, with_offset, wide):
 
 
 @inline
-def transform(ids, start, n, shape, table, filter, spectrum, head, one, wide, x, bins):
-    """A row's bins; x is overwritten. `one` [E] are ones, the taps of no convolution."""
+def transform(ids, start, n, shape, table, filter, spectrum, head, one, wide, from_, to, x, bins):
+    """A row's bins; x is overwritten. `one` [E] are ones, the taps of no convolution.
+
+    Here and below of the channels `from_` to `to`; those of others are left alone.
+    """
     inner = shape.placement == INNER
     taps, width = (head.taps, shape.width) if inner else (one, 1)
     orbits = min(spectrum.orbits, n + width - 1)  # an orbit's first position is the smallest
     _fold_items(
-        ids, start, n, table, taps, width, wide, filter.positions, spectrum.positions, spectrum.classes, orbits, x
+        ids, start, n, table, taps, width, wide, from_, to, filter.positions, spectrum.positions, spectrum.classes,
+        orbits, x,
     )  # fmt: skip
-    contract(filter.basis, spectrum.basis, spectrum.columns, spectrum.classes, x, orbits, wide, bins)
-    _gain(bins, spectrum.columns, filter.gain, filter.offset, spectrum.gain, head.conv_bias, inner, wide)
+    contract(filter.basis, spectrum.basis, spectrum.columns, spectrum.classes, x, orbits, wide, from_, to, bins)
+    _gain(bins, spectrum.columns, filter.gain, filter.offset, spectrum.gain, head.conv_bias, inner, from_, to)
 
 
 @inline
-def _expand_for(slot, basis, positions, spectrum, bins, wide, x, done):
+def _expand_for(slot, basis, positions, spectrum, bins, wide, from_, to, x, done):
     """x holds V bins at the slot's position; `done` tells of each group of slots whether it does."""
     group = slot // GROUP
     if not at(done, group):
         done[group] = 1
         expand(
             basis, spectrum.basis, spectrum.columns, spectrum.classes, bins, positions, spectrum.positions, group,
-            spectrum.orbits, wide, x, 0,
+            spectrum.orbits, wide, from_, to, x, 0,
         )  # fmt: skip
 
 
 @part
-def _filtered(t, step, rows, basis, positions, slots, spectrum, bins, wide, x, done, u):
+def _filtered(t, step, rows, basis, positions, slots, spectrum, bins, wide, from_, to, x, done, u):
     """u [rows, E] = V bins at `rows` positions, the first at t and each `step` before the last one."""
     for i in range(rows):
         p = t - i * step
-        _expand_for(slots[spectrum.slots + p], basis, positions, spectrum, bins, wide, x, done)
-        for c in range(0, wide, LANES):
+        _expand_for(slots[spectrum.slots + p], basis, positions, spectrum, bins, wide, from_, to, x, done)
+        for c in range(from_, to, LANES):
             store(u, i * wide + c, load(x, p * wide + c))
 
 
 @part
 def _filtered_convolved(
-    t, step, rows, basis, positions, slots, spectrum, taps, bias, width, bins, wide, x, done, u
+    t, step, rows, basis, positions, slots, spectrum, taps, bias, width, bins, wide, from_, to, x, done, u
 ):  # fmt: skip
     """u [rows, E] = conv(V bins) + bias at the same."""
     for i in range(rows):
         p = t - i * step
         for j in range(min(width, p + 1)):
-            _expand_for(slots[spectrum.slots + p - j], basis, positions, spectrum, bins, wide, x, done)
-        for c in range(0, wide, LANES):
+            _expand_for(slots[spectrum.slots + p - j], basis, positions, spectrum, bins, wide, from_, to, x, done)
+        for c in range(from_, to, LANES):
             value = load(bias, c)
             for j in range(min(width, p + 1)):
                 value = value + load(taps, j * wide + c) * load(x, (p - j) * wide + c)
@@ -161,25 +165,28 @@ def _filtered_convolved(
 
 
 @part
-def _convolved(ids, start, n, t, step, rows, table, taps, bias, width, wide, u):
+def _convolved(ids, start, n, t, step, rows, table, taps, bias, width, wide, from_, to, u):
     """u [rows, E] = conv(p) + bias at the same."""
     for i in range(rows):
-        for c in range(0, wide, LANES):
+        for c in range(from_, to, LANES):
             value = _convolved_item(ids, start, t - i * step, n, table, taps, width, wide, c)
             store(u, i * wide + c, load(bias, c) + value)
 
 
 @inline
-def read_block(ids, start, n, t, rows, shape, table, filter, spectrum, head, bins, wide, x, done, u):
+def read_block(ids, start, n, t, rows, shape, table, filter, spectrum, head, bins, wide, from_, to, x, done, u):
     """u [rows, E] at `rows` positions, the first at t and each `stride` before the last one."""
     if shape.placement == INNER:
         _filtered(
-            t, shape.stride, rows, filter.basis, filter.positions, filter.slots, spectrum, bins, wide, x, done, u
+            t, shape.stride, rows, filter.basis, filter.positions, filter.slots, spectrum, bins, wide, from_, to, x,
+            done, u,
         )  # fmt: skip
     elif shape.placement == INPUT:
         _filtered_convolved(
             t, shape.stride, rows, filter.basis, filter.positions, filter.slots, spectrum, head.taps, head.conv_bias,
-            shape.width, bins, wide, x, done, u,
+            shape.width, bins, wide, from_, to, x, done, u,
         )  # fmt: skip
     else:
-        _convolved(ids, start, n, t, shape.stride, rows, table, head.taps, head.conv_bias, shape.width, wide, u)
+        _convolved(
+            ids, start, n, t, shape.stride, rows, table, head.taps, head.conv_bias, shape.width, wide, from_, to, u
+        )  # fmt: skip

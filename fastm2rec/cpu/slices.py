@@ -91,7 +91,7 @@ def sliced(kernel: Any) -> Any:
         co_filename=kernel.__code__.co_filename, co_firstlineno=kernel.__code__.co_firstlineno,
         co_name=kernel.__name__, co_qualname=kernel.__qualname__,
     )  # fmt: skip
-    caller = FunctionType(code, {"_slices": _slices_of(part(kernel)), "__name__": kernel.__module__})
+    caller = FunctionType(code, {"_slices": slices_of(part(kernel)), "__name__": kernel.__module__})
     caller.__doc__ = kernel.__doc__
     return entry(caller)
 
@@ -100,8 +100,11 @@ def _call(*arguments):
     _slices(arguments)  # type: ignore[name-defined] # noqa: F821
 
 
-def _slices_of(kernel: Any) -> Any:
-    """The intrinsic that calls a compiled kernel for all slices."""
+def slices_of(kernel: Any) -> Any:
+    """The intrinsic that calls a `part` for all slices: of a tuple, the fields of a `Schedule` and then its arguments.
+
+    For whoever has several of them to do, one after the other, in one call from Python.
+    """
 
     @intrinsic
     def run(typingctx, arguments):

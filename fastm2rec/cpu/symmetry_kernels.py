@@ -33,13 +33,13 @@ def mixed(a, b, c, d, classes):
 
 
 @part
-def contract(basis, start, columns, classes, folded, orbits, wide, bins):
-    """bins = V^T x from the fold of x, [classes, orbits, E]; V from basis[start:]."""
+def contract(basis, start, columns, classes, folded, orbits, wide, from_, to, bins):
+    """bins = V^T x from the fold of x, [classes, orbits, E]; V from basis[start:]. Of the channels `from_` to `to`."""
     each = columns // classes
     for first in range(0, orbits, BLOCK):
         depth = min(BLOCK, orbits - first)
         for g in range(classes):
-            for c in range(0, wide, LANES):
+            for c in range(from_, to, LANES):
                 multiply(
                     basis, start + first * columns + g * each, 1, columns, each,
                     folded, (g * orbits + first) * wide + c, wide, LANES, depth,
@@ -70,11 +70,14 @@ def _spread(x, start, positions, slot, wide, classes, a, b, c, d):
 
 
 @part
-def expand(basis, start, columns, classes, bins, positions, place, group, orbits, wide, x, to):
-    """x = V bins at the positions of one group of slots, to x[to:]; they are those at positions[place:]."""
+def expand(basis, start, columns, classes, bins, positions, place, group, orbits, wide, from_, to, x, base):
+    """x = V bins at the positions of one group of slots, to x[base:]; they are those at positions[place:].
+
+    Of the channels `from_` to `to`.
+    """
     first, last = group * GROUP // classes, min((group + 1) * GROUP // classes, orbits)
     quarter = columns // 4
-    for c in range(0, wide, LANES):
+    for c in range(from_, to, LANES):
         for t in range(first, last, ORBITS):
             p = start + t * columns
             q, r = p + columns, p + 2 * columns
@@ -92,6 +95,6 @@ def expand(basis, start, columns, classes, bins, positions, place, group, orbits
                 v = load(bins, c * columns + k * LANES)
                 e0, e1, e2 = e0 + at(basis, p + k) * v, e1 + at(basis, q + k) * v, e2 + at(basis, r + k) * v
             slot = place + t * classes
-            _spread(x, to + c, positions, slot, wide, classes, a0, b0, d0, e0)
-            _spread(x, to + c, positions, slot + classes, wide, classes, a1, b1, d1, e1)
-            _spread(x, to + c, positions, slot + 2 * classes, wide, classes, a2, b2, d2, e2)
+            _spread(x, base + c, positions, slot, wide, classes, a0, b0, d0, e0)
+            _spread(x, base + c, positions, slot + classes, wide, classes, a1, b1, d1, e1)
+            _spread(x, base + c, positions, slot + 2 * classes, wide, classes, a2, b2, d2, e2)

@@ -45,6 +45,18 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
 
 
+def whole_lines(size: int) -> int:
+    """As many elements, and as many more as keep two threads' scratch apart."""
+    return -(-size // LINE) * LINE
+
+
+def has_openmp() -> bool:
+    """May kernels start threads themselves?"""
+    from .slices import openmp
+
+    return openmp() and not _forked
+
+
 def run(kernel: Any, arguments: tuple[Any, ...], count: int, grain: int, size: int, dtype: torch.dtype) -> None:
     """Call a kernel that `slices` has made for 0..count, on up to torch.get_num_threads() threads.
 
@@ -61,14 +73,14 @@ def run(kernel: Any, arguments: tuple[Any, ...], count: int, grain: int, size: i
     threads = torch.get_num_threads()
     step = max(grain, -(-count // (SLICES * threads)))
     threads = min(threads, -(-count // step))
-    size = -(-size // LINE) * LINE
+    size = whole_lines(size)
     if threads == 1:
         with scratch(size, dtype) as memory:
             kernel(np.zeros(2, np.int64), memory, size, count, step, 1, *arguments)
         return
-    from .slices import Schedule, openmp
+    from .slices import Schedule
 
-    native = openmp() and not _forked
+    native = has_openmp()
     with scratch(threads * size, dtype) as memory:
         schedule = Schedule(np.zeros(2, np.int64), memory, size, count, step, threads if native else 1)
         call = functools.partial(kernel, *schedule, *arguments)
