@@ -57,7 +57,7 @@ def _repair_casts() -> None:
 
 
 def _repair_arithmetic() -> None:
-    binary, unary, dot = Builder.binary_op, Builder.unary_op, Builder.create_dot
+    binary, unary = Builder.binary_op, Builder.unary_op
 
     def binary_op(self: Any, left: Any, right: Any, op: Callable[..., Any]) -> Any:
         if not _is_bf16(left):
@@ -65,15 +65,19 @@ def _repair_arithmetic() -> None:
         result = op(bf16_to_f32(left.data), bf16_to_f32(right.data))
         return Handle(result, tl.int1) if result.dtype == np.bool_ else Handle(f32_to_bf16(result), tl.bfloat16)
 
+    def dot(self: Any, a: Any, b: Any, d: Any, precision: Any, imprecise: Any) -> Any:
+        left, right = _widen(a).data, _widen(b).data
+        # Row by row: without AVX-512, numpy's product of matrices makes a row's roundings depend on its place.
+        product = np.matmul(left[..., :, None, :], right[..., None, :, :], dtype=d.data.dtype)
+        return Handle(product[..., 0, :] + d.data, d.dtype.scalar)
+
     def unary_op(self: Any, value: Any, op: Callable[..., Any]) -> Any:
         if not _is_bf16(value):
             return unary(self, value, op)
         return Handle(f32_to_bf16(op(bf16_to_f32(value.data))), tl.bfloat16)
 
     Builder.binary_op, Builder.unary_op = binary_op, unary_op
-    Builder.create_dot = lambda self, a, b, d, precision, imprecise: dot(
-        self, _widen(a), _widen(b), d, precision, imprecise
-    )
+    Builder.create_dot = dot
 
 
 def _repair_loop_bounds() -> None:
