@@ -18,8 +18,8 @@ of each query, and Adam reads weight, gradient and both moments and writes all b
 pass wrote: 8 words a parameter. Special functions are counted once: a backward pass may keep them. One that takes them
 again, to save memory, does twice the work of this bound.
 
-The ceilings are measured in the same process. The bound is the largest of the four times, so what cannot overlap is
-counted as if it could.
+The ceilings are measured in the same process; on a CPU that of half precision is float32's where that is faster. The
+bound is the largest of the four times, so what cannot overlap is counted as if it could.
 """
 
 from __future__ import annotations
@@ -158,8 +158,8 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype) -> Ceilings:
     x = torch.rand(1 << 17)
     out = torch.empty_like(x)
     size = 512
-    # A processor without products in half precision takes ten times as long to emulate them: who asks for half
-    # precision there may as well compute in single.
+    # A processor that emulates products in half precision takes many times as long for them: there what asks for half
+    # precision may as well compute in single.
     pairs = [[torch.rand(size, size, dtype=kind) for _ in range(2)] for kind in {dtype, torch.float32}]
     # With its copy about a last-level cache, where most of what is measured on a CPU stays: memory itself is slower, so
     # that this bound may be far below what is possible, but is not beaten.

@@ -29,6 +29,12 @@ INSTALLED = any(distribution.name == "fastm2rec" for distribution in importlib.m
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 ARCH = os.environ.get("FASTM2REC_TEST_ARCH")
+if ARCH and ARCH not in ("80", "90"):
+    raise pytest.UsageError(f"FASTM2REC_TEST_ARCH: expected 80 or 90, got {ARCH!r}")
+if ARCH and torch.cuda.is_available():
+    raise pytest.UsageError(
+        "FASTM2REC_TEST_ARCH: the emulator stands in for a GPU; hide yours: CUDA_VISIBLE_DEVICES=''"
+    )
 
 if HAS_TRITON and not torch.cuda.is_available():
     assert "triton" not in sys.modules, "triton was imported before conftest could choose its interpreter"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -222,3 +223,36 @@ def test_no_figure_without_a_measured_row(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="expected at least one measured row"):
         _plot.draw(tmp_path / "x.png", [], "", _plot.LATENCY)
     assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "folder"),
+    [
+        ("fma avx2", "Zed(R) 7 without AVX-512, 2 threads", "cpu-zed-7-without-avx-512"),
+        ("fma avx2 avx512f", "Zed(R) 7, 2 threads", "cpu-zed-7"),
+        ("fma avx2 avx512f amx_bf16", "Zed(R) 7, AMX, 2 threads", "cpu-zed-7"),
+        ("asimd", "Zed(R) 7, 2 threads", "cpu-zed-7"),
+    ],
+)
+def test_a_processor_is_named_by_what_it_can(
+    flags: str, name: str, folder: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = f"processor : 0\nmodel name : Zed(R) 7\nflags : {flags}\n"
+    monkeypatch.setattr(_results.Path, "read_text", lambda path: text)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert _results.device_name(CPU) == name
+    assert _results.record_folder(name, "cpu").name == folder
+    assert _results.result_path("latency", CPU, None, record=True).parent.name == folder
+
+
+def test_what_emulates_half_precision_may_compute_in_single(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {torch.float32: 1.0, torch.bfloat16: 50.0}
+
+    def best(call: Any, threads: int | None = None) -> float:
+        return seconds[call.args[0].dtype] if hasattr(call, "args") else 1.0
+
+    monkeypatch.setattr(_bounds, "_best", best)
+    single, half = (_bounds.measure_ceilings(CPU, dtype).operations for dtype in (torch.float32, torch.bfloat16))
+    assert half == single
+    seconds[torch.bfloat16] = 0.5
+    assert _bounds.measure_ceilings(CPU, torch.bfloat16).operations == 2 * single

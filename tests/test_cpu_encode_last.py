@@ -19,6 +19,7 @@ pytest.importorskip("numba", reason="numba is not installed")
 from fastm2rec import M2Rec, M2RecConfig, ops
 from fastm2rec.cpu import encode_last as engine
 from fastm2rec.cpu import last_scan
+from fastm2rec.cpu import threads as thread_pool
 from fastm2rec.folded import Folded, FoldedM2Rec, fold
 
 LENGTHS = [24, 1, 7, 23, 2, 22, 24, 9, 16, 17]
@@ -129,6 +130,19 @@ def test_threads_share_rows_that_are_long_and_few(monkeypatch: pytest.MonkeyPatc
     assert shared == [[800, 799]], "one that is short, or more rows than threads have use for"
     assert torch.equal(_run(folded, item_ids[:1], lengths[:1]), whole[:1])
     assert shared == [[800, 799], [800]]
+    found: list[Tensor] = []
+    workers = [threading.Thread(target=lambda: found.append(_run(folded, item_ids[:1], lengths[:1]))) for _ in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert len(found) == 8
+    assert all(torch.equal(one, whole[:1]) for one in found)
+    assert len(shared) == 10
+    with monkeypatch.context() as patched:
+        patched.setattr(thread_pool, "_forked", True)  # a child has none of OpenMP's threads
+        assert torch.equal(_run(folded, item_ids[:1], lengths[:1]), whole[:1])
+    assert len(shared) == 10
     for place, wrong in ((0, -1), (799, 2**40)):
         broken = item_ids[:1].clone()
         broken[0, place] = wrong

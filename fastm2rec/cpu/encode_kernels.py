@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+from numba.extending import register_jitable
 
 from .compiler import part
 from .elementary import gelu, sigmoid
@@ -86,10 +87,43 @@ class Head(NamedTuple):
 
 def scratch_size(shape: Shape) -> int:
     """Elements that `encode` needs."""
-    wide, d, hidden = padded(shape.dim), padded(shape.d_model), padded(shape.hidden)
     scan = scan_size(shape.dim, shape.dstate, shape.dt_rank)
-    rows = (shape.slots + shape.columns + 1 + 3 * ROWS) * wide + ROWS * (4 * d + hidden)
-    return rows + scan + ROWS + (shape.slots + GROUP - 1) // GROUP
+    rows = (shape.slots + shape.columns + 1 + ROWS) * padded(shape.dim)
+    return rows + scan + last_size(shape) + (shape.slots + GROUP - 1) // GROUP
+
+
+class Last(NamedTuple):
+    """What follows the scan at the last position of ROWS rows."""
+
+    y: np.ndarray  # [ROWS, E], the scan's output
+    z: np.ndarray  # [ROWS, E]
+    h: np.ndarray  # [ROWS, D]; the queries are here or, with a gate, in
+    mixed: np.ndarray  # [ROWS, D]
+    gates: np.ndarray  # [ROWS, 2 D]
+    hidden: np.ndarray  # [ROWS, H]
+    ids: np.ndarray  # int32 [ROWS], the last items
+
+
+@register_jitable
+def last_size(shape):
+    """Elements of `Last`."""
+    return ROWS * (2 * padded(shape.dim) + 4 * padded(shape.d_model) + padded(shape.hidden) + 1)
+
+
+@part
+def as_last(flat, shape):
+    """Of rows that are not there, which are computed as well, the input is 0."""
+    z, h = ROWS * padded(shape.dim), 2 * ROWS * padded(shape.dim)
+    mixed = h + ROWS * padded(shape.d_model)
+    gates = mixed + ROWS * padded(shape.d_model)
+    hidden = gates + 2 * ROWS * padded(shape.d_model)
+    ids = hidden + ROWS * padded(shape.hidden)
+    fill(flat, 0, h, 0)
+    fill(flat, ids, ids + ROWS, 0)
+    return Last(
+        flat[:z], flat[z:h], flat[h:mixed], flat[mixed:gates], flat[gates:hidden], flat[hidden:ids],
+        flat[ids : ids + ROWS].view(np.int32),
+    )  # fmt: skip
 
 
 @part
@@ -120,13 +154,14 @@ def _add_row(x, row, start, wide):
 
 
 @part
-def queries(y, z, last_ids, shape, head, tables, eps, h, hidden, mixed, gates):
-    """From the scan's outputs and z, [ROWS, E], to the queries, in `h` or, with a gate, `mixed`: [ROWS, D]."""
+def queries(last, shape, head, tables, eps):
+    """From the scan's outputs and z to the queries, in h or, with a gate, in mixed."""
+    y, h, mixed, gates, hidden = last.y, last.h, last.mixed, last.gates, last.hidden
     wide, d = padded(shape.dim), padded(shape.d_model)
     if shape.scan_norm:
         _layer_norm(y, head.scan_norm, shape.dim, eps)
     for c in range(0, ROWS * wide, LANES):
-        gate = load(z, c)
+        gate = load(last.z, c)
         store(y, c, load(y, c) * (gate * sigmoid(gate)))
     project(y, head.out_proj, shape.dim, d, h)
     _layer_norm(h, head.norm, shape.d_model, eps)
@@ -143,7 +178,7 @@ def queries(y, z, last_ids, shape, head, tables, eps, h, hidden, mixed, gates):
     if shape.gate == CONTEXT:
         project(h, head.gate, shape.d_model, 2 * d, gates)
         for i in range(ROWS):
-            item = last_ids[i]
+            item = last.ids[i]
             for c in range(0, d, LANES):
                 alpha = sigmoid(load(gates, 2 * i * d + c) + load(tables.gate, 2 * item * d + c))
                 beta = sigmoid(load(gates, (2 * i + 1) * d + c) + load(tables.gate, (2 * item + 1) * d + c))
@@ -154,7 +189,7 @@ def queries(y, z, last_ids, shape, head, tables, eps, h, hidden, mixed, gates):
         if shape.gate == CONSTANT:
             for i in range(ROWS):
                 for c in range(0, d, LANES):
-                    text = load(tables.text, last_ids[i] * d + c)
+                    text = load(tables.text, last.ids[i] * d + c)
                     store(mixed, i * d + c, load(mixed, i * d + c) + text)
     _add_row(mixed, head.mix_bias, 0, d)
     if shape.residual:
@@ -174,9 +209,11 @@ def known(ids, start, length, seqlen, n_items):
 
 
 @part
-def gate_input(ids, start, n, shape, tables, filter, z, place):
-    """z [E] of a row's last position, filtered where the model's input is, to z[place:]."""
+def take_last(ids, start, n, shape, tables, filter, last, i):
+    """The last item of a row, and its z, filtered where the model's input is, for row i of `last`."""
     wide = padded(shape.dim)
+    z, place, item = last.z, i * wide, ids[start + n - 1]
+    last.ids[i] = item
     if shape.placement == INPUT:
         for c in range(0, wide, LANES):
             value = full(z, 0.0)
@@ -185,7 +222,7 @@ def gate_input(ids, start, n, shape, tables, filter, z, place):
                 value = value + weight * load(tables.z, ids[start + t] * wide + c)
             store(z, place + c, value)
     else:
-        read(tables.z, ids[start + n - 1] * wide, 0, 1, wide, z[place:])
+        read(tables.z, item * wide, 0, 1, wide, z[place:])
 
 
 @part
@@ -223,34 +260,24 @@ def encode(
     bins, scratch = scratch[: shape.columns * wide], scratch[shape.columns * wide :]
     one, scratch = scratch[:wide], scratch[wide:]
     u, scratch = scratch[: ROWS * wide], scratch[ROWS * wide :]
-    y, scratch = scratch[: ROWS * wide], scratch[ROWS * wide :]
-    z, scratch = scratch[: ROWS * wide], scratch[ROWS * wide :]
     size = scan_size(shape.dim, shape.dstate, shape.dt_rank)
     scan, scratch = as_scan(scratch[:size], shape.dim, shape.dstate, shape.dt_rank), scratch[size:]
-    h, mixed, scratch = scratch[: ROWS * d], scratch[ROWS * d : 2 * ROWS * d], scratch[2 * ROWS * d :]
-    gates, scratch = scratch[: 2 * ROWS * d], scratch[2 * ROWS * d :]
-    hidden, integers = scratch[: ROWS * padded(shape.hidden)], scratch[ROWS * padded(shape.hidden) :].view(np.int32)
-    last_ids, done = integers[:ROWS], integers[ROWS:]
+    ends, done = as_last(scratch, shape), scratch[last_size(shape) :].view(np.int32)
     fill(one, 0, wide, 1)
-    fill(y, 0, ROWS * wide, 0)
-    fill(z, 0, ROWS * wide, 0)
-    for i in range(ROWS):
-        last_ids[i] = 0
     for group in range(first, last, ROWS):
         count = min(ROWS, last - group)
         for i in range(count):
             start, n = (group + i) * seqlen, lengths[group + i]
-            last_ids[i] = 0
             if not known(ids, start, n, seqlen, shape.n_items):
-                fill(y, i * wide, (i + 1) * wide, np.nan)
+                ends.ids[i] = 0
+                fill(ends.y, i * wide, (i + 1) * wide, np.nan)
                 unsound[0] = 1
                 continue
-            last_ids[i] = ids[start + n - 1]
             _scan_row(ids, start, n, shape, tables.u, filter, head, w, transposed, one, x, bins, done, u, scan)
-            scanned(scan, 0, wide, y, i * wide)
-            gate_input(ids, start, n, shape, tables, filter, z, i * wide)
-        queries(y, z, last_ids, shape, head, tables, eps, h, hidden, mixed, gates)
-        found = h if shape.gate == NONE else mixed
+            scanned(scan, 0, wide, ends.y, i * wide)
+            take_last(ids, start, n, shape, tables, filter, ends, i)
+        queries(ends, shape, head, tables, eps)
+        found = ends.h if shape.gate == NONE else ends.mixed
         for i in range(count):
             for c in range(shape.d_model):
                 out[(group + i) * shape.d_model + c] = found[i * d + c]

@@ -18,7 +18,7 @@ import numpy as np
 
 from .compiler import entry, part
 from .elementary import sigmoid
-from .encode_kernels import Shape, gate_input, known, queries
+from .encode_kernels import Shape, as_last, known, last_size, queries, take_last
 from .parts import (
     ROWS,
     as_scan,
@@ -76,8 +76,7 @@ def scratch_size(shape: Shape) -> int:
     """Elements that a thread needs."""
     wide = padded(shape.dim)
     feed = wide + (shape.slots + GROUP - 1) // GROUP
-    answer = ROWS * (2 * wide + 4 * padded(shape.d_model) + padded(shape.hidden) + 1)
-    return max(feed, scan_size(shape.dim, shape.dstate, shape.dt_rank), answer)
+    return max(feed, scan_size(shape.dim, shape.dstate, shape.dt_rank), last_size(shape))
 
 
 @part
@@ -149,21 +148,11 @@ def _answer(first, last, scratch, ids, n, row, out, unsound, shape, tables, filt
     if unsound[0]:
         fill(out, 0, shape.d_model, np.nan)
         return
-    wide, d = padded(shape.dim), padded(shape.d_model)
-    y, scratch = scratch[: ROWS * wide], scratch[ROWS * wide :]
-    z, scratch = scratch[: ROWS * wide], scratch[ROWS * wide :]
-    h, mixed, scratch = scratch[: ROWS * d], scratch[ROWS * d : 2 * ROWS * d], scratch[2 * ROWS * d :]
-    gates, scratch = scratch[: 2 * ROWS * d], scratch[2 * ROWS * d :]
-    hidden, last_ids = scratch[: ROWS * padded(shape.hidden)], scratch[ROWS * padded(shape.hidden) :].view(np.int32)
-    fill(y, 0, ROWS * wide, 0)
-    fill(z, 0, ROWS * wide, 0)
-    write(row.y, 0, wide, y, 0)
-    for i in range(ROWS):
-        last_ids[i] = 0
-    last_ids[0] = ids[n - 1]
-    gate_input(ids, 0, n, shape, tables, filter, z, 0)
-    queries(y, z, last_ids, shape, head, tables, eps, h, hidden, mixed, gates)
-    write(h if shape.gate == NONE else mixed, 0, shape.d_model, out, 0)
+    ends = as_last(scratch, shape)
+    write(row.y, 0, padded(shape.dim), ends.y, 0)
+    take_last(ids, 0, n, shape, tables, filter, ends, 0)
+    queries(ends, shape, head, tables, eps)
+    write(ends.h if shape.gate == NONE else ends.mixed, 0, shape.d_model, out, 0)
 
 
 _in_feed, _in_reduce, _in_scan, _in_answer = (slices_of(step) for step in (_feed, _reduce, _scan, _answer))
@@ -183,7 +172,8 @@ def encode_rows(
     for b in range(lengths.size):
         n, items = lengths[b], ids[b * seqlen : (b + 1) * seqlen]
         query = out[b * shape.d_model : (b + 1) * shape.d_model]
-        counters[:] = 0
+        for i in range(counters.size):
+            counters[i] = 0
         steps = (n + shape.stride - 1) // shape.stride
         row, blocks = _as_row(row_memory, shape, steps), (steps + ROWS - 1) // ROWS
         _in_feed((
